@@ -1,0 +1,7 @@
+"""sparseft: fine-tune a language model by changing about 1 % of its weights in place."""
+
+from sparseft import ops
+from sparseft.backend import backends
+from sparseft.pattern import Pattern
+
+__all__ = ["Pattern", "backends", "ops"]

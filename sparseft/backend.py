@@ -1,0 +1,129 @@
+"""Which implementation serves each operation: finds them at import, chooses at each call, explains itself.
+
+Implementations, fastest first: `cuda` (compiled, CUDA tensors), `triton` (CUDA tensors; CPU tensors under
+TRITON_INTERPRET=1), `cpu` (compiled, CPU tensors), `reference` (plain torch, any device).
+
+Environment: SPARSEFT_BACKEND=<name> forces one implementation; an operation or device it cannot serve raises.
+"""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from sparseft import reference
+
+OPERATIONS = ("masked_grad_", "scatter_delta_", "sparse_adamw_", "select_topk")
+NAMES = ("cuda", "triton", "cpu", "reference")
+_LIBRARIES = {"cpu": "_C.so", "cuda": "_C_cuda.so"}
+
+_missing: dict[str, str] = {}  # implementation -> why it is not there
+_forced: str | None = None
+
+
+def load() -> None:
+    """Load the compiled libraries and note what is missing; never raises for an absent one."""
+    here = Path(__file__).parent
+    for name, file in _LIBRARIES.items():
+        if not (here / file).exists():
+            _missing[name] = f"{file} was not built (python -m pip install . prints why)"
+            continue
+        try:
+            torch.ops.load_library(here / file)
+        except OSError as error:
+            _missing[name] = f"{file} failed to load: {error}"
+    if importlib.util.find_spec("triton") is None:
+        _missing["triton"] = "the package triton is not installed"
+    force(os.environ.get("SPARSEFT_BACKEND") or None)
+
+
+def force(name: str | None) -> None:
+    """Make one implementation serve every operation; None returns to the automatic choice.
+
+    Raises:
+        ValueError: no implementation has that name, or it is not available here (with the reason).
+    """
+    global _forced
+    if name is not None and name not in NAMES:
+        raise ValueError(f"backend must be one of {NAMES} or None, got {name!r}")
+    if name in _missing:
+        raise ValueError(f"backend {name!r} is not available: {_missing[name]}")
+    _forced = name
+
+
+@contextmanager
+def forced(name: str | None) -> Iterator[None]:
+    """`force(name)` inside a with block."""
+    before = _forced
+    force(name)
+    try:
+        yield
+    finally:
+        force(before)
+
+
+def kernel(operation: str, device_type: str) -> Callable:
+    """The function that serves `operation` on tensors of `device_type`.
+
+    Raises:
+        RuntimeError: the forced implementation does not serve them, with the reason.
+    """
+    if _forced is not None:
+        reason = _refusal(_forced, operation, device_type)
+        if reason:
+            raise RuntimeError(f"sparseft.{operation}: forced backend {_forced!r} cannot serve it: {reason}")
+        return _function(_forced, operation)
+    return _function(next(n for n in NAMES if not _refusal(n, operation, device_type)), operation)
+
+
+def _refusal(name: str, operation: str, device_type: str) -> str | None:
+    """Why an implementation cannot serve an operation on a device, or None if it can."""
+    if name == "reference":
+        return None
+    if name in _missing:
+        return _missing[name]
+    if name in _LIBRARIES:
+        if device_type != name:
+            return f"it runs on {name} tensors only, got {device_type}"
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"sparseft_{name}::{operation}", name.upper()):
+            return f"{_LIBRARIES[name]} has no kernel for it"
+        return None
+    if importlib.util.find_spec(f"sparseft.kernels.{operation.rstrip('_')}") is None:
+        return "no Triton kernel for it yet"
+    if device_type == "cpu" and (os.environ.get("TRITON_INTERPRET") != "1" or _forced != "triton"):
+        return "on CPU tensors it runs only when forced and under TRITON_INTERPRET=1"
+    return None if device_type in ("cpu", "cuda") else f"it runs on cuda tensors only, got {device_type}"
+
+
+def _function(name: str, operation: str) -> Callable:
+    if name == "reference":
+        return getattr(reference, operation)
+    if name == "triton":  # imported here: importing sparseft must never need a driver
+        return getattr(importlib.import_module(f"sparseft.kernels.{operation.rstrip('_')}"), operation)
+    return getattr(getattr(torch.ops, f"sparseft_{name}"), operation).default
+
+
+def backends() -> dict[str, dict[str, dict[str, str]]]:
+    """Who serves each operation on each device type, and why not the faster ones.
+
+    Returns:
+        {operation: {device type: {"serves": name, <other implementation>: why it does not}}} for "cpu" and "cuda".
+    """
+    report: dict[str, dict[str, dict[str, str]]] = {}
+    for operation in OPERATIONS:
+        report[operation] = {}
+        for device in ("cpu", "cuda"):
+            reasons = {name: _refusal(name, operation, device) for name in NAMES}
+            able = [name for name in NAMES if reasons[name] is None]
+            if _forced is not None:
+                serving = _forced if _forced in able else f"nothing: {_forced} is forced and {reasons[_forced]}"
+            else:
+                serving = able[0]
+            others = {n: r or ("not chosen: another is forced" if _forced else f"not needed: {serving} is faster")
+                      for n, r in reasons.items() if n != serving}  # fmt: skip
+            report[operation][device] = {"serves": serving, **others}
+    return report

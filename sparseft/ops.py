@@ -1,0 +1,303 @@
+"""The four operations as torch custom ops: schemas, checks, fake kernels, autograd. What they mean: `reference.py`.
+
+`torch.ops.sparseft.*` take the tensors of a `Layout`; the functions at the end of this page take a `Pattern`,
+check their arguments and keep autograd's version counters right. `backend.py` chooses who computes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparseft import backend
+from sparseft.pattern import Layout, Pattern
+from sparseft.reference import decode
+
+# (an argument named "mode" would collide with one inside torch.compile: hence write_mode)
+_ENTRIES = "Tensor rows, Tensor cols, Tensor tiles, Tensor local, SymInt[2] tile"
+_OPERAND = "Tensor grad_out, Tensor input, Tensor? rows, Tensor? cols, Tensor tiles, Tensor local, SymInt[2] tile"
+SCHEMAS = {
+    "masked_grad_": f"(Tensor(a!) out, {_OPERAND}, bool accumulate) -> ()",
+    "scatter_delta_": f"(Tensor(a!)[] weights, Tensor(b!) values, {_ENTRIES}, str write_mode, float alpha) -> ()",
+    "sparse_adamw_": "(Tensor(a!)[] weights, Tensor(b!) values, Tensor grad, Tensor(c!) exp_avg, "
+    f"Tensor(d!) exp_avg_sq, Tensor? base, Tensor step, Tensor? born, {_ENTRIES}, Tensor lr, float beta1, "
+    "float beta2, float eps, float weight_decay, bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()",
+    "select_topk": "(Tensor[] scores, Tensor[] others, SymInt k, str score) -> Tensor",
+}
+_TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+
+_lib = torch.library.Library("sparseft", "DEF")
+_compiled = [torch.library.Library(f"sparseft_{name}", "DEF") for name in ("cpu", "cuda")]
+
+
+def _serve(name: str):
+    """The kernel of `torch.ops.sparseft.<name>`: hands the call to the implementation chosen now."""
+
+    def call(*args):
+        first = args[0][0] if isinstance(args[0], list) else args[0]
+        return backend.kernel(name, first.device.type)(*args)
+
+    return call
+
+
+for _name, _schema in SCHEMAS.items():
+    _lib.define(_name + _schema, tags=_TAGS)
+    _lib.impl(_name, _serve(_name), "CompositeExplicitAutograd")
+    for _library in _compiled:  # csrc/ registers its kernels here, under the same schemas
+        _library.define(_name + _schema.replace("SymInt", "int"))
+
+_lib.define(f"masked_grad({_OPERAND}) -> Tensor", tags=_TAGS)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _masked_grad(grad_out, input, rows, cols, tiles, local, tile):
+    out = grad_out.new_zeros(local.shape, dtype=_accumulator(grad_out.dtype))
+    torch.ops.sparseft.masked_grad_(out, grad_out, input, rows, cols, tiles, local, tile, False)
+    return out
+
+
+_lib.impl("masked_grad", _masked_grad, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("sparseft::masked_grad")
+def _(grad_out, input, rows, cols, tiles, local, tile):
+    torch._check(grad_out.dim() == 2 and input.dim() == 2, lambda: "grad_out and input must be [T, N] and [T, K]")
+    torch._check(grad_out.shape[0] == input.shape[0], lambda: "grad_out and input must share their first dimension")
+    return grad_out.new_empty(local.shape, dtype=_accumulator(grad_out.dtype))
+
+
+@torch.library.register_fake("sparseft::masked_grad_")
+def _(out, grad_out, input, rows, cols, tiles, local, tile, accumulate):
+    torch._check(out.shape == local.shape, lambda: "out must be [k], one value per entry")
+
+
+@torch.library.register_fake("sparseft::scatter_delta_")
+def _(weights, values, rows, cols, tiles, local, tile, write_mode, alpha):
+    torch._check(values.shape == local.shape, lambda: "values must be [k], one value per entry")
+
+
+@torch.library.register_fake("sparseft::sparse_adamw_")
+def _(weights, values, grad, exp_avg, exp_avg_sq, base, step, born, rows, cols, tiles, local, tile,
+      lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf):  # fmt: skip
+    for state in (values, grad, exp_avg, exp_avg_sq):
+        torch._check(state.shape == local.shape, lambda: "values, grad and both moments must be [k]")
+
+
+@torch.library.register_fake("sparseft::select_topk")
+def _(scores, others, k, score):
+    return scores[0].new_empty([k], dtype=torch.int64)
+
+
+def _masked_grad_setup(ctx, inputs, output):
+    grad_out, input, rows, cols, tiles, local, tile = inputs
+    ctx.save_for_backward(grad_out, input, rows, cols, tiles, local)
+    ctx.tile = tile
+
+
+def _masked_grad_backward(ctx, grad):
+    """Both operands see the sparse matrix S[row(s), col(s)] = grad[s]: d grad_out = input S^T, d input = grad_out S."""
+    grad_out, input, rows, cols, tiles, local = ctx.saved_tensors
+    entry, _, row, col = decode(rows, cols, tiles, local, ctx.tile, local.shape[0])
+    shape = (grad_out.shape[1], input.shape[1])
+    dense = grad.new_zeros(shape).index_put((row, col), grad[entry]).to(grad_out.dtype)
+    d_grad_out = input @ dense.T if ctx.needs_input_grad[0] else None
+    d_input = grad_out @ dense if ctx.needs_input_grad[1] else None
+    return d_grad_out, d_input, None, None, None, None, None
+
+
+torch.library.register_autograd("sparseft::masked_grad", _masked_grad_backward, setup_context=_masked_grad_setup)
+
+
+# ---- the public functions -------------------------------------------------------------------------------------
+
+
+def masked_grad(grad_out: Tensor, input: Tensor, pattern: Pattern, out: Tensor | None = None) -> Tensor:
+    """The weight gradient of y = x W^T at the selected entries only: sum_t grad_out[t, row] * input[t, col].
+
+    Args:
+        grad_out: [..., N], fp32, bf16, fp16 or fp64. `input`: [..., K], same dtype and leading dimensions.
+        pattern: the entries of W [N, K].
+        out: [k]; the gradient is added to it in place (gradient accumulation). Not differentiable then.
+
+    Returns:
+        [k], fp32 (fp64 for fp64 operands), in the pattern's order. Differentiable twice; the double backward
+        holds one dense [N, K] matrix.
+    """
+    _expect(grad_out.shape[-1:] == pattern.shape[:1], "grad_out", f"[..., {pattern.shape[0]}]", tuple(grad_out.shape))
+    _expect(input.shape[-1:] == pattern.shape[1:], "input", f"[..., {pattern.shape[1]}]", tuple(input.shape))
+    _expect(input.shape[:-1] == grad_out.shape[:-1], "input", f"leading dimensions {tuple(grad_out.shape[:-1])}",
+            tuple(input.shape))  # fmt: skip
+    _expect_dtype("input", input, (grad_out.dtype,))
+    _expect_dtype("grad_out", grad_out, (torch.float32, torch.bfloat16, torch.float16, torch.float64))
+    flat = (grad_out.reshape(-1, pattern.shape[0]), input.reshape(-1, pattern.shape[1]))
+    if out is None:
+        return torch.ops.sparseft.masked_grad(*flat, *pattern.layout)
+    _expect(out.shape == pattern.local.shape, "out", f"[{len(pattern)}]", tuple(out.shape))
+    _expect_dtype("out", out, (_accumulator(grad_out.dtype),))
+    _refuse_autograd("masked_grad(out=)", out, *flat)
+    torch.ops.sparseft.masked_grad_(out, *flat, *pattern.layout, True)
+    _bump(out)
+    return out
+
+
+def scatter_delta_(
+    weight: Tensor | Sequence[Tensor],
+    values: Tensor,
+    pattern: Pattern | Layout,
+    mode: str = "add",
+    alpha: float = 1.0,
+) -> None:
+    """Write values into the selected entries of one weight, or of all weights of a packed layout in one launch.
+
+    `add`: weight += alpha * values in at least fp32, then rounded. `copy`: weight = values, rounded.
+    `swap`: weight and values change places, bit for bit; a second swap is the exact undo.
+
+    Args:
+        weight: contiguous [N, K], or one per layer of the layout; fp32, bf16, fp16 or fp64, one dtype.
+        values: contiguous [k]; fp32 or the weights' dtype (`swap`: the weights' dtype).
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; nothing was written.
+        RuntimeError: autograd would need a gradient through the write (call it under `torch.no_grad()`).
+    """
+    weights = [weight] if isinstance(weight, Tensor) else list(weight)
+    layout = pattern.layout if isinstance(pattern, Pattern) else pattern
+    if mode not in ("add", "copy", "swap"):
+        raise ValueError(f"mode must be 'add', 'copy' or 'swap', got {mode!r}")
+    _expect_weights(weights, pattern)
+    _expect(values.shape == layout.local.shape, "values", f"[{len(layout.local)}]", tuple(values.shape))
+    _expect_dtype("values", values, (weights[0].dtype,) if mode == "swap" else (weights[0].dtype, torch.float32))
+    _refuse_autograd("scatter_delta_", *weights, values)
+    torch.ops.sparseft.scatter_delta_([_matrix(w) for w in weights], values, *layout, mode, float(alpha))
+    _bump(*weights, *([values] if mode == "swap" else []))
+
+
+def sparse_adamw_(
+    weights: Sequence[Tensor],
+    values: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    layout: Layout,
+    *,
+    step: Tensor,
+    lr: Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    base: Tensor | None = None,
+    born: Tensor | None = None,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One AdamW step over the selected entries of all layers, and the write into their weights.
+
+    Args:
+        weights: contiguous [N, K] each, one dtype; layer i of the layout is `weights[i]`.
+        values, grad, exp_avg, exp_avg_sq: contiguous [k], fp32 (fp64 for fp64 weights); `values` are the masters.
+        layout: from `pack`; a subset of its tiles updates only those.
+        step: int64 [layers], each layer's step count including this one.
+        lr: 0-dim fp32 or fp64 tensor, on the weights' device or the CPU (then read by the host).
+        base: [k] in the weights' dtype; weight decay pulls towards it. None: towards zero.
+        born: int32 [k], the layer's step count before the entry's first step; bias correction uses its own age.
+        grad_scale: 0-dim fp32, multiplies the gradient. `found_inf`: 0-dim fp32; nonzero skips everything.
+    """
+    _expect_weights(weights, layout)
+    state = torch.promote_types(weights[0].dtype, torch.float32)
+    for name, tensor in (("values", values), ("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        _expect(tensor.shape == layout.local.shape, name, f"[{len(layout.local)}]", tuple(tensor.shape))
+        _expect_dtype(name, tensor, (state,))
+    if base is not None:
+        _expect(base.shape == layout.local.shape, "base", f"[{len(layout.local)}]", tuple(base.shape))
+        _expect_dtype("base", base, (weights[0].dtype,))
+    if born is not None:
+        _expect(born.shape == layout.local.shape, "born", f"[{len(layout.local)}]", tuple(born.shape))
+        _expect_dtype("born", born, (torch.int32,))
+    _expect(step.shape == (len(weights),), "step", f"[{len(weights)}]", tuple(step.shape))
+    _expect_dtype("step", step, (torch.int64,))
+    _refuse_autograd("sparse_adamw_", *weights, values, exp_avg, exp_avg_sq)
+    torch.ops.sparseft.sparse_adamw_(
+        [_matrix(w) for w in weights], values, grad, exp_avg, exp_avg_sq, base, step, born, *layout,
+        lr, betas[0], betas[1], eps, weight_decay, maximize, grad_scale, found_inf,
+    )  # fmt: skip
+    _bump(*weights, values, exp_avg, exp_avg_sq)
+
+
+def select_topk(
+    scores: Tensor | Sequence[Tensor], k: int, score: str = "abs", others: Sequence[Tensor] | Tensor = ()
+) -> Tensor:
+    """The exact k most important of n scores, over one tensor or over several as if they were joined.
+
+    Args:
+        scores: any shape, contiguous; fp32, bf16, fp16 or fp64. No NaN (its rank is unspecified).
+        k: 0 <= k <= n.
+        score: `abs` ranks by |scores| (the order of squares too, without their underflow), `product` by
+            |scores * others|, computed in fp32 (fp64 for fp64).
+        others: for `product`, one tensor per score tensor, of its shape.
+
+    Returns:
+        int64 [k], ascending positions in the joined flat scores; of equal scores the lower positions.
+    """
+    several = [scores] if isinstance(scores, Tensor) else list(scores)
+    second = [others] if isinstance(others, Tensor) else list(others)
+    if not several:
+        raise ValueError("scores must hold at least one tensor, got none")
+    if score not in ("abs", "product"):
+        raise ValueError(f"score must be 'abs' or 'product', got {score!r}")
+    n = sum(s.numel() for s in several)
+    if not 0 <= k <= n:
+        raise ValueError(f"k must lie in [0, {n}], got {k}")
+    expected = [tuple(s.shape) for s in several] if score == "product" else []
+    _expect([tuple(o.shape) for o in second] == expected, "others", f"shapes {expected}", [tuple(o.shape) for o in second])
+    for name, tensors in (("scores", several), ("others", second)):
+        for tensor in tensors:
+            _expect_dtype(name, tensor, (several[0].dtype,))
+            _expect(tensor.is_contiguous(), name, "contiguous", f"strides {tensor.stride()}")
+    return torch.ops.sparseft.select_topk(several, second, k, score)
+
+
+# ---- checks ---------------------------------------------------------------------------------------------------
+
+
+def _expect(ok: bool, name: str, expected: str, got: object) -> None:
+    if not ok:
+        raise ValueError(f"{name} must be {expected}, got {got}")
+
+
+def _expect_dtype(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+
+
+def _expect_weights(weights: Sequence[Tensor], where: Pattern | Layout) -> None:
+    if not weights:
+        raise ValueError("weights must hold at least one tensor, got none")
+    for weight in weights:
+        _expect_dtype("weight", weight, (weights[0].dtype,))
+        _expect(weight.is_contiguous(), "weight", "contiguous", f"strides {weight.stride()}")
+        _expect(weight.device == weights[0].device, "weight", f"on {weights[0].device}", weight.device)
+    if isinstance(where, Pattern):
+        _expect(_matrix(weights[0]).shape == where.shape and len(weights) == 1, "weight", f"one of shape {where.shape}",
+                [tuple(w.shape) for w in weights])  # fmt: skip
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    return weight if weight.dim() == 2 else weight.view(-1, weight.shape[-1])
+
+
+def _refuse_autograd(name: str, *tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError(f"{name} writes in place and is not differentiable; call it under torch.no_grad()")
+
+
+def _bump(*tensors: Tensor) -> None:
+    """Custom in-place ops do not advance the version counter: without this, a later backward would be wrong."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+
+
+backend.load()
