@@ -104,7 +104,7 @@ __device__ int read_keys(const Segment<T>& segment, int64_t at, bool aligned,
 
 // Counts, for the keys that equal the prefix so far, the digit [shift, shift + digit).
 template <typename T, bool kProduct>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     count_digit(Table<Segment<T>> segments, bool aligned, int64_t chunks, const Selection* selection, int shift,
                 int digit, unsigned long long* bins) {
   if (selection->done) return;

@@ -139,7 +139,7 @@ struct Block;
 struct Copy {  // a cp.async under way
   char* to;
   const char* from;
-  size_t bytes, zeros;
+  size_t bytes;  // of 16; the rest are zeros
   const void* site;
 };
 
@@ -211,7 +211,7 @@ std::string name(Place place) {
 
 // "file:line" of an instruction, by the addr2line program.
 std::string source_of(const void* site) {
-  Dl_info info;
+  Dl_info info{};
   if (!dladdr(site, &info)) return "unknown source";
   char command[512], line[512] = "";
   const auto offset = reinterpret_cast<uintptr_t>(site) - reinterpret_cast<uintptr_t>(info.dli_fbase) - 1;
@@ -478,6 +478,14 @@ void check_access(const void* pointer, size_t bytes, Kind kind, const void* site
 #endif
 }
 
+void mark_in_flight(const void* pointer, bool in_flight) {
+  Block& block = *machine.current->block;
+  if (!block.shadow) return;
+  const size_t offset = static_cast<size_t>(static_cast<const char*>(pointer) - block.shared);
+  if (offset >= machine.shared) fail("copy to memory that is not shared");
+  for (size_t i = 0; i < 16; i += kGranule) (*block.shadow)[offset + i].in_flight = in_flight;
+}
+
 // All lanes of a warp meet here, each with a deposit; returns everybody's.
 const Slots& meet(unsigned mask, const void* deposit, size_t bytes, const char* what, Place place) {
   Thread* self = machine.current;
@@ -706,6 +714,78 @@ void atomic_store(uint64_t* to, uint64_t value, Place place) {
   check_access(to, sizeof(*to), Kind::atomic, __builtin_return_address(0));
   *to = value;
   yield();
+}
+
+// ---- copies in the background --------------------------------------------------------------------------------------
+
+// The bytes arrive when the thread waits for them. Until then the target counts as in flight: whoever touches it fails,
+// which stands for all the moments at which they could have arrived.
+void copy_async(void* to, const void* from, int bytes) {
+  const void* site = __builtin_return_address(0);
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || (bytes > 0 && reinterpret_cast<uintptr_t>(from) % 16 != 0)) {
+    fail("misaligned copy at " + source_of(site));
+  }
+  if (bytes < 0 || bytes > 16) fail("copy of " + std::to_string(bytes) + " bytes at " + source_of(site));
+  if (bytes > 0) check_access(from, static_cast<size_t>(bytes), Kind::read, site);
+  check_access(to, 16, Kind::write, site);
+  mark_in_flight(to, true);
+  machine.current->open.push_back({static_cast<char*>(to), static_cast<const char*>(from), static_cast<size_t>(bytes), site});
+}
+
+void commit_copies() {
+  Thread* self = machine.current;
+  self->copies.push_back(std::move(self->open));
+  self->open.clear();
+}
+
+void wait_for_copies(int newest, Place place) {
+  if (is_removed("wait", place)) return;
+  auto& groups = machine.current->copies;
+  while (groups.size() > static_cast<size_t>(newest)) {
+    for (const Copy& copy : groups.front()) {
+      mark_in_flight(copy.to, false);
+      check_access(copy.to, 16, Kind::write, copy.site);
+      memset(copy.to, 0, 16);
+      memcpy(copy.to, copy.from, copy.bytes);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+// ---- tensor cores, after the definitions in the PTX manual --------------------------------------------------------
+
+void load_matrices(uint32_t (&to)[4], const void* row, Place place) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("misaligned matrix row at " + name(place));
+  check_access(row, 16, Kind::read, __builtin_return_address(0));
+  const Slots& slots = meet(~0u, row, 16, "ldmatrix", place);
+  const unsigned lane = machine.current->index % kWarp;
+  for (unsigned matrix = 0; matrix < 4; ++matrix) {
+    for (unsigned half = 0; half < 2; ++half) {  // transposed: element (row 2 (l % 4) + half, column l / 4)
+      memcpy(reinterpret_cast<char*>(&to[matrix]) + 2 * half,
+             slots.lane[matrix * 8 + lane % 4 * 2 + half] + 2 * (lane / 4), 2);
+    }
+  }
+}
+
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*value)(uint16_t), Place place) {
+  uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  const Slots& slots = meet(~0u, mine, sizeof(mine), "mma", place);
+  const unsigned lane = machine.current->index % kWarp;
+  const auto element = [&](unsigned holder, unsigned index) {  // a 16-bit element of another lane's registers
+    uint16_t bits;
+    memcpy(&bits, slots.lane[holder] + 2 * index, 2);
+    return static_cast<double>(value(bits));
+  };
+  for (unsigned j = 0; j < 4; ++j) {
+    const unsigned row = lane / 4 + j / 2 * 8, col = lane % 4 * 2 + j % 2;
+    double sum = c[j];
+    for (unsigned k = 0; k < 16; ++k) {
+      const double left = element(row % 8 * 4 + k % 8 / 2, row / 8 * 2 + k / 8 * 4 + k % 2);
+      const double right = element(col * 4 + k % 8 / 2, 8 + k / 8 * 2 + k % 2);
+      sum += left * right;
+    }
+    c[j] = static_cast<float>(sum);
+  }
 }
 
 // ---- for the tests, through ctypes -------------------------------------------------------------------------------

@@ -13,6 +13,7 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __launch_bounds__(...)
 #define threadIdx (emulator::thread_index())
 #define blockIdx (emulator::block_index())
@@ -64,6 +65,12 @@ unsigned long long atomic_add(unsigned long long* to, unsigned long long value, 
 uint32_t atomic_or(uint32_t* to, uint32_t value, Place place);
 uint64_t atomic_load(const uint64_t* from, Place place);
 void atomic_store(uint64_t* to, uint64_t value, Place place);
+
+void copy_async(void* to, const void* from, int bytes);
+void commit_copies();
+void wait_for_copies(int newest, Place place);
+void load_matrices(uint32_t (&to)[4], const void* row, Place place);
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*value)(uint16_t), Place place);
 
 }  // namespace emulator
 
@@ -141,5 +148,27 @@ S& shared_memory() {
 
 inline uint64_t poll(const uint64_t* word, EMULATOR_PLACE) { return emulator::atomic_load(word, place); }
 inline void publish(uint64_t* word, uint64_t value, EMULATOR_PLACE) { emulator::atomic_store(word, value, place); }
+
+EMULATOR_INLINE void copy_async(void* to, const void* from, int bytes) { emulator::copy_async(to, from, bytes); }
+inline void commit_copies() { emulator::commit_copies(); }
+
+template <int newest>
+void wait_for_copies(EMULATOR_PLACE) {
+  emulator::wait_for_copies(newest, place);
+}
+
+EMULATOR_INLINE void load_matrices(uint32_t (&to)[4], const void* row, EMULATOR_PLACE) {
+  emulator::load_matrices(to, row, place);
+}
+
+template <typename T>
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], EMULATOR_PLACE) {
+  const auto value = [](uint16_t bits) {
+    T element;
+    memcpy(&element, &bits, sizeof(element));
+    return static_cast<float>(element);
+  };
+  emulator::multiply_add(c, a, b, value, place);
+}
 
 }  // namespace sparseft
