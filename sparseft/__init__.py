@@ -2,6 +2,7 @@
 
 from sparseft import ops
 from sparseft.backend import backends
+from sparseft.layers import SparseLinear, densify, parameters, sparsify
 from sparseft.pattern import Pattern
 
-__all__ = ["Pattern", "backends", "ops"]
+__all__ = ["Pattern", "SparseLinear", "backends", "densify", "ops", "parameters", "sparsify"]
