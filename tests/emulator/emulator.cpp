@@ -48,6 +48,11 @@ void __asan_unpoison_memory_region(const void*, size_t);
 namespace emulator {
 namespace {
 
+#if defined(EMULATOR_TSAN) || defined(EMULATOR_ASAN)
+constexpr bool kChecked = false;
+#else
+constexpr bool kChecked = true;
+#endif
 constexpr int kWarp = 32;
 constexpr size_t kStack = 128 << 10;
 constexpr size_t kSharedGranule = 4;  // bytes of a shadow cell of shared memory; of a tensor: its element
@@ -207,6 +212,7 @@ struct Machine {
   uint32_t launched = 0;  // threads of earlier launches of the call
   int64_t blocks = 0;
   std::string error;
+  char begun = 0, ended = 0;  // order a launch after what the host did before, and before what it does next
 } machine;
 
 std::string name(Place place) {
@@ -269,7 +275,9 @@ void enter() {
 #ifdef EMULATOR_ASAN
   __sanitizer_finish_switch_fiber(nullptr, &machine.stack_low, &machine.stack_size);
 #endif
+  __tsan_acquire(&machine.begun);
   machine.run(reinterpret_cast<const void*>(arguments.begin));
+  __tsan_release(&machine.ended);
   Block* block = machine.current->block;
   machine.current->copies.push_back(machine.current->open);
   for (const auto& group : machine.current->copies) {
@@ -325,13 +333,13 @@ std::unique_ptr<Block> make_block(unsigned index) {
   block->alive = static_cast<int>(machine.threads);
   block->shared = new char[machine.shared];
   memset(block->shared, kPoison, machine.shared);
-#ifndef EMULATOR_TSAN
-#ifndef EMULATOR_ASAN
-  if (machine.shadows.empty()) machine.shadows.push_back(std::make_unique<Shadow>(machine.shared, kSharedGranule));
-  block->shadow = std::move(machine.shadows.back());
-  machine.shadows.pop_back();
-#endif
-#endif
+  if (kChecked && machine.shadows.empty()) {
+    machine.shadows.push_back(std::make_unique<Shadow>(machine.shared, kSharedGranule));
+  }
+  if (kChecked) {
+    block->shadow = std::move(machine.shadows.back());
+    machine.shadows.pop_back();
+  }
   for (unsigned i = 0; i < machine.threads; ++i) {
     Thread& thread = block->threads[i];
     thread.block = block.get();
@@ -467,10 +475,9 @@ bool on_own_stack(uintptr_t at) {
 }
 
 void check_access(const void* pointer, size_t bytes, Kind kind, const void* site) {
-#if !defined(EMULATOR_TSAN) && !defined(EMULATOR_ASAN)
   Thread* self = machine.current;
   const auto at = reinterpret_cast<uintptr_t>(pointer);
-  if (self == nullptr || on_own_stack(at)) return;
+  if (!kChecked || self == nullptr || on_own_stack(at)) return;
   Block& block = *self->block;
   const uintptr_t offset = at - reinterpret_cast<uintptr_t>(block.shared);
   if (offset < machine.shared && offset + bytes <= machine.shared) {
@@ -497,9 +504,6 @@ void check_access(const void* pointer, size_t bytes, Kind kind, const void* site
       block.warps[self->index / kWarp].log[kind == Kind::write][{site, count}].push_back({at + i, std::min<size_t>(bytes - i, 16)});
     }
   }
-#else
-  (void)pointer, (void)bytes, (void)kind, (void)site;
-#endif
 }
 
 void mark_in_flight(const void* pointer, bool in_flight) {
@@ -619,6 +623,7 @@ void launch_kernel(int64_t blocks, int threads, size_t shared, void (*run)(const
 #ifdef EMULATOR_TSAN
   machine.tsan = __tsan_get_current_fiber();
 #endif
+  __tsan_release(&machine.begun);
   std::vector<unsigned> order(static_cast<size_t>(blocks));
   for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<unsigned>(i);
   std::shuffle(order.begin(), order.end(), machine.random);
@@ -650,6 +655,7 @@ void launch_kernel(int64_t blocks, int threads, size_t shared, void (*run)(const
     if (!finished && machine.error.empty()) machine.error = deadlock(live);
   }
   for (auto& block : live) free_block(*block);
+  __tsan_acquire(&machine.ended);
   machine.shadows.clear();
   machine.launched += static_cast<uint32_t>(blocks) * machine.threads;
   if (!machine.error.empty()) throw std::runtime_error("emulator: " + machine.error);

@@ -88,11 +88,11 @@ def offsets_beyond_int32() -> None:
     """Weights and operands whose elements lie past 2^31 (virtual memory only: two rows of each are touched)."""
     columns = 2**30
     weight = torch.empty(3, columns, dtype=torch.bfloat16)
-    pattern = Pattern.from_indices(torch.tensor([5, 2 * columns + 9]), weight.shape)
-    layout = [*pattern.layout[:4], list(pattern.tile)]
-    EMULATED.scatter_delta_([weight], torch.tensor([1.0, 2.0]), *layout, "copy", 1.0)
-    got = weight.view(-1)[pattern.indices()].float()
-    assert got.tolist() == [1.0, 2.0], f"weights beyond 2^31: {got.tolist()}"
+    rows, cols, local = torch.tensor([0, 2]).int(), torch.tensor([5, 9]).int(), torch.tensor([0, 3]).short()
+    tiles = torch.tensor([[0, 0, 0, 0, 2]])  # entries (0, 5) and (2, 9)
+    EMULATED.scatter_delta_([weight], torch.tensor([1.0, 2.0]), rows, cols, tiles, local, [2, 2], "copy", 1.0)
+    got = [float(weight[0, 5]), float(weight[2, 9])]
+    assert got == [1.0, 2.0], f"weights beyond 2^31: {got}"
     small = Pattern.from_mask(torch.ones(8, 8, dtype=torch.bool), tile=(8, 8))
     layout = [*small.layout[:4], list(small.tile)]
     matrix = torch.empty(3 * columns, dtype=torch.bfloat16).as_strided((3, 8), (columns, 1))
