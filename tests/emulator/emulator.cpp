@@ -32,6 +32,12 @@ void* __tsan_create_fiber(unsigned);
 void __tsan_switch_to_fiber(void*, unsigned);
 void __tsan_acquire(void*);
 void __tsan_release(void*);
+void __tsan_read_range(void*, unsigned long);
+void __tsan_write_range(void*, unsigned long);
+void AnnotateIgnoreReadsBegin(const char*, int);
+void AnnotateIgnoreReadsEnd(const char*, int);
+void AnnotateIgnoreWritesBegin(const char*, int);
+void AnnotateIgnoreWritesEnd(const char*, int);
 }
 #else
 static void __tsan_acquire(void*) {}
@@ -58,6 +64,24 @@ constexpr size_t kStack = 128 << 10;
 constexpr size_t kSharedGranule = 4;  // bytes of a shadow cell of shared memory; of a tensor: its element
 constexpr uintptr_t kSector = 32;  // bytes that global memory moves at once
 constexpr uint8_t kPoison = 0xA5;
+
+// While one lives, ThreadSanitizer does not look: the scheduler's own data are no business of the kernels.
+struct Quiet {
+#ifdef EMULATOR_TSAN
+  Quiet() {
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  }
+  ~Quiet() {
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+  }
+#else
+  Quiet() {}
+  ~Quiet() {}
+#endif
+  Quiet(const Quiet&) = delete;
+};
 
 struct Options {
   uint64_t seed = 0;
@@ -251,6 +275,7 @@ void to_scheduler(bool finished = false) {
 }
 
 void yield() {
+  Quiet quiet;
   machine.runnable.push_back(machine.current);
   to_scheduler();
 }
@@ -271,6 +296,18 @@ void wait(const char* what, Place place) {
   for (;;) to_scheduler();
 }
 
+void finish() {
+  Quiet quiet;
+  Thread* self = machine.current;
+  Block* block = self->block;
+  self->copies.push_back(self->open);
+  for (const auto& group : self->copies) {
+    if (!group.empty()) fail("exit with copies still under way");
+  }
+  --block->alive;
+  if (!block->waiting.empty()) fail("exit while others of the block wait at the barrier " + name(block->place));
+}
+
 void enter() {
 #ifdef EMULATOR_ASAN
   __sanitizer_finish_switch_fiber(nullptr, &machine.stack_low, &machine.stack_size);
@@ -278,18 +315,9 @@ void enter() {
   __tsan_acquire(&machine.begun);
   machine.run(reinterpret_cast<const void*>(arguments.begin));
   __tsan_release(&machine.ended);
-  Block* block = machine.current->block;
-  machine.current->copies.push_back(machine.current->open);
-  for (const auto& group : machine.current->copies) {
-    if (!group.empty()) fail("exit with copies still under way");
-  }
-  --block->alive;
-  if (!block->waiting.empty()) {
-    fail("exit while others of the block wait at the barrier " + name(block->place));
-  }
+  finish();
   for (;;) to_scheduler(true);
 }
-
 void resume(Thread* thread) {
   machine.current = thread;
   thread->waits_in = nullptr;
@@ -477,6 +505,10 @@ bool on_own_stack(uintptr_t at) {
 void check_access(const void* pointer, size_t bytes, Kind kind, const void* site) {
   Thread* self = machine.current;
   const auto at = reinterpret_cast<uintptr_t>(pointer);
+#ifdef EMULATOR_TSAN  // what the kernels do through functions of this file
+  if (kind == Kind::read) __tsan_read_range(const_cast<void*>(pointer), bytes);
+  if (kind == Kind::write) __tsan_write_range(const_cast<void*>(pointer), bytes);
+#endif
   if (!kChecked || self == nullptr || on_own_stack(at)) return;
   Block& block = *self->block;
   const uintptr_t offset = at - reinterpret_cast<uintptr_t>(block.shared);
@@ -516,6 +548,7 @@ void mark_in_flight(const void* pointer, bool in_flight) {
 
 // All lanes of a warp meet here, each with a deposit; returns everybody's.
 const Slots& meet(unsigned mask, const void* deposit, size_t bytes, const char* what, Place place) {
+  Quiet quiet;
   Thread* self = machine.current;
   Warp& warp = self->block->warps[self->index / kWarp];
   const int lanes = std::min<int>(kWarp, static_cast<int>(machine.threads) - static_cast<int>(self->index / kWarp * kWarp));
@@ -545,14 +578,20 @@ const Slots& meet(unsigned mask, const void* deposit, size_t bytes, const char* 
 }
 
 bool is_removed(const char* what, Place place) {
+  Quiet quiet;
   places_seen.insert({what, place.file, place.line});
   return !options.removed.empty() && name(place) == options.removed;
 }
 
+bool is_torn(Place place) {
+  Quiet quiet;
+  places_seen.insert({"atomic", place.file, place.line});
+  return !options.torn.empty() && name(place) == options.torn;
+}
+
 template <typename T, typename F>
 T atomically(T* at, Place place, const void* site, const F& change) {
-  places_seen.insert({"atomic", place.file, place.line});
-  const bool torn = !options.torn.empty() && name(place) == options.torn;
+  const bool torn = is_torn(place);
   check_access(at, sizeof(T), torn ? Kind::read : Kind::atomic, site);
   if (torn) {
     const T before = *at;
@@ -592,11 +631,13 @@ Index block_index() { return {machine.current->block->index}; }
 Index block_size() { return {machine.threads, 1, 1}; }
 
 void begin_call() {
+  Quiet quiet;
   regions.clear();
   machine.launched = 0;
 }
 
 void allow_memory(const void* begin, size_t bytes, size_t element, bool writable, bool initialised) {
+  Quiet quiet;
   if (bytes == 0) return;
   const auto at = reinterpret_cast<uintptr_t>(begin);
   for (auto& region : regions) {
@@ -611,6 +652,7 @@ void allow_memory(const void* begin, size_t bytes, size_t element, bool writable
 
 void launch_kernel(int64_t blocks, int threads, size_t shared, void (*run)(const void*), const void* argument,
                    size_t argument_bytes) {
+  Quiet quiet;
   if (image.empty()) dl_iterate_phdr(note_segment, reinterpret_cast<void*>(&note_segment));
   const auto at = reinterpret_cast<uintptr_t>(argument);
   arguments = {at, at + argument_bytes};
@@ -669,16 +711,19 @@ void* shared_bytes(size_t bytes) {
 void read(void* to, const void* from, size_t bytes, size_t alignment) {
   if (reinterpret_cast<uintptr_t>(from) % alignment != 0) fail("misaligned vector load at " + source_of(__builtin_return_address(0)));
   check_access(from, bytes, Kind::read, __builtin_return_address(0));
+  Quiet quiet;
   memcpy(to, from, bytes);
 }
 
 void write(void* to, const void* from, size_t bytes, size_t alignment) {
   if (reinterpret_cast<uintptr_t>(to) % alignment != 0) fail("misaligned vector store at " + source_of(__builtin_return_address(0)));
   check_access(to, bytes, Kind::write, __builtin_return_address(0));
+  Quiet quiet;
   memcpy(to, from, bytes);
 }
 
 int barrier(bool predicate, Place place) {
+  Quiet quiet;
   Thread* self = machine.current;
   Block& block = *self->block;
   if (is_removed("barrier", place)) return predicate;
@@ -722,6 +767,7 @@ unsigned ballot(unsigned mask, bool predicate, Place place) {
 
 void shuffle(unsigned mask, const void* mine, void* other, size_t bytes, int source, Place place) {
   const Slots& slots = meet(mask, mine, bytes, "a shuffle", place);
+  Quiet quiet;
   memcpy(other, slots.lane[source], bytes);
 }
 
@@ -759,11 +805,13 @@ void copy_async(void* to, const void* from, int bytes) {
   if (bytes < 0 || bytes > 16) fail("copy of " + std::to_string(bytes) + " bytes at " + source_of(site));
   if (bytes > 0) check_access(from, static_cast<size_t>(bytes), Kind::read, site);
   check_access(to, 16, Kind::write, site);
+  Quiet quiet;
   mark_in_flight(to, true);
   machine.current->open.push_back({static_cast<char*>(to), static_cast<const char*>(from), static_cast<size_t>(bytes), site});
 }
 
 void commit_copies() {
+  Quiet quiet;
   Thread* self = machine.current;
   self->copies.push_back(std::move(self->open));
   self->open.clear();
@@ -776,9 +824,11 @@ void wait_for_copies(int newest, Place place) {
     for (const Copy& copy : groups.front()) {
       mark_in_flight(copy.to, false);
       check_access(copy.to, 16, Kind::write, copy.site);
+      Quiet quiet;
       memset(copy.to, 0, 16);
       memcpy(copy.to, copy.from, copy.bytes);
     }
+    Quiet quiet;
     groups.erase(groups.begin());
   }
 }
@@ -789,6 +839,7 @@ void load_matrices(uint32_t (&to)[4], const void* row, Place place) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("misaligned matrix row at " + name(place));
   check_access(row, 16, Kind::read, __builtin_return_address(0));
   const Slots& slots = meet(~0u, row, 16, "ldmatrix", place);
+  Quiet quiet;
   const unsigned lane = machine.current->index % kWarp;
   for (unsigned matrix = 0; matrix < 4; ++matrix) {
     for (unsigned half = 0; half < 2; ++half) {  // transposed: element (row 2 (l % 4) + half, column l / 4)
@@ -802,6 +853,7 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
   float mine[12];  // the elements in this lane's registers
   for (unsigned i = 0; i < 12; ++i) mine[i] = value(static_cast<uint16_t>((i < 8 ? a[i / 2] : b[i / 2 - 4]) >> i % 2 * 16));
   const Slots& slots = meet(~0u, mine, sizeof(mine), "mma", place);
+  Quiet quiet;
   const unsigned lane = machine.current->index % kWarp;
   const auto element = [&](unsigned holder, unsigned index) {
     float there;

@@ -88,6 +88,6 @@ def run(library: Path, *operations: str, kind: str | None = None) -> subprocess.
         runtime = {"thread": "libtsan.so", "address": "libasan.so"}[kind]
         found = subprocess.run(["g++", f"-print-file-name={runtime}"], capture_output=True, text=True, check=True)
         environment |= {"LD_PRELOAD": found.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0",
-                        "TSAN_OPTIONS": "halt_on_error=1 ignore_interceptors_accesses=1"}  # fmt: skip
+                        "TSAN_OPTIONS": "halt_on_error=1"}  # fmt: skip
     command = [sys.executable, str(HERE / "probe.py"), str(library), "1", *operations]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
