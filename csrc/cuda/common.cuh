@@ -43,9 +43,12 @@ enum class Access { read, write, write_fresh };
 template <typename T>
 void allow(const T*, int64_t, Access) {}
 
+// From global memory, in accesses of 16 bytes where the size allows it.
 template <typename V>
 __device__ V load(const V* from) {
-  return *from;
+  V value;
+  load_words<sizeof(V)>(&value, from);
+  return value;
 }
 
 template <typename V>
@@ -61,7 +64,9 @@ __device__ S& shared_memory() {
 }
 #endif
 
-inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+inline bool is_aligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
 
 // ---- the host side of a call -----------------------------------------------------------------------------------
 
@@ -218,9 +223,9 @@ struct Entries {
   const Tile* tiles;
   int64_t tile_count;
   const uint16_t* local;
-  int64_t count;           // k
+  int64_t count;  // k
   int tile_rows, tile_cols;
-  uint64_t reciprocal;     // ceil(2^32 / tile_cols): exact for the division of 16-bit positions
+  uint64_t reciprocal;  // ceil(2^32 / tile_cols): exact for the division of 16-bit positions
 
   // Row and column inside the tile.
   __device__ int row(unsigned position) const { return static_cast<int>(position * reciprocal >> 32); }

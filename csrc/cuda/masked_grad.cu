@@ -73,11 +73,11 @@ __global__ void __launch_bounds__(kThreads) masked_grad(Problem<T> problem) {
 
 namespace tensor_core {
 
-constexpr int kDepth = 32;   // t per stage
-constexpr int kStages = 3;   // two are being copied while one is multiplied
+constexpr int kDepth = 32;  // t per stage
+constexpr int kStages = 3;  // two are being copied while one is multiplied
 constexpr int kWarpRows = 32;
-constexpr int kChunk = 8;    // neighbouring columns that move at once: 16 bytes
-constexpr int kSlab = 64;    // rows handed out at a time
+constexpr int kChunk = 8;                          // neighbouring columns that move at once: 16 bytes
+constexpr int kSlab = 64;                          // rows handed out at a time
 constexpr int kFewGathered = 32, kFewCompact = 4;  // below this, gathering columns moves less than reading the part
 
 template <int kSide>
@@ -110,15 +110,19 @@ __device__ bool is_copyable(const Operand<T>& operand, int64_t first) {
 // Brings [t0, t0 + kDepth) of the part's columns into a stage; zeros beyond the edges.
 template <typename T, int kSide>
 __device__ void fetch(const Operand<T>& operand, int64_t first, int64_t t0, int64_t depth, Stage<kSide>& stage) {
-  const bool copyable = is_copyable(operand, first);
-  for (int i = threadIdx.x; i < kDepth * (kSide / kChunk); i += kThreads<kSide>) {
-    const int t = i / (kSide / kChunk), c = i % (kSide / kChunk) * kChunk;
-    const T* line = operand.data + (t0 + t) * operand.stride;
-    if (copyable) {
+  if (is_copyable(operand, first)) {
+    for (int i = threadIdx.x; i < kDepth * (kSide / kChunk); i += kThreads<kSide>) {
+      const int t = i / (kSide / kChunk), c = i % (kSide / kChunk) * kChunk;
       const int64_t left = t0 + t < depth ? min(operand.active, operand.width) - first - c : 0;
       const int count = left < 0 ? 0 : left < kChunk ? static_cast<int>(left) : kChunk;
-      copy_async(stage.at(t, c), count > 0 ? line + first + c : operand.data, count * static_cast<int>(sizeof(T)));
-    } else {
+      const T* from = count > 0 ? operand.data + (t0 + t) * operand.stride + first + c : operand.data;
+      copy_async(stage.at(t, c), from, count * static_cast<int>(sizeof(T)));
+    }
+  } else {
+#pragma unroll 1  // the uncommon way must not cost the other one registers
+    for (int i = threadIdx.x; i < kDepth * (kSide / kChunk); i += kThreads<kSide>) {
+      const int t = i / (kSide / kChunk), c = i % (kSide / kChunk) * kChunk;
+      const T* line = operand.data + (t0 + t) * operand.stride;
       Vec<T, kChunk> chunk;
       for (int j = 0; j < kChunk; ++j) {
         const int64_t column = t0 + t < depth ? operand.column(first + c + j) : -1;
@@ -130,7 +134,7 @@ __device__ void fetch(const Operand<T>& operand, int64_t first, int64_t t0, int6
 }
 
 template <typename T, int kSide>
-__global__ void __launch_bounds__(kThreads<kSide>) masked_grad(Problem<T> problem) {
+__global__ void __launch_bounds__(kThreads<kSide>, 1) masked_grad(Problem<T> problem) {
   constexpr int kWarpCols = kSide / 2;
   constexpr int kDown = kWarpRows / 16, kAcross = kWarpCols / 8;  // 16 x 8 products of a warp
   auto& shared = shared_memory<Memory<kSide>>();
@@ -146,6 +150,7 @@ __global__ void __launch_bounds__(kThreads<kSide>) masked_grad(Problem<T> proble
     }
     commit_copies();  // an empty group past the end keeps the count right
   };
+#pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) fetch_stage(i);
 
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -192,7 +197,8 @@ __global__ void __launch_bounds__(kThreads<kSide>) masked_grad(Problem<T> proble
 
 // to[t][c] = the operand's active column c at t, rows padded to whole chunks.
 template <typename T>
-__global__ void __launch_bounds__(256) compact_columns(Operand<T> from, int64_t t0, int64_t depth, T* to, int64_t pitch) {
+__global__ void __launch_bounds__(256)
+    compact_columns(Operand<T> from, int64_t t0, int64_t depth, T* to, int64_t pitch) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= depth * pitch) return;
   const int64_t column = from.column(i % pitch);
@@ -203,7 +209,8 @@ constexpr int64_t kWorkspace = 64 << 20;  // bytes of compact copies at a time
 
 template <typename T, int kSide>
 void run(Call& call, Problem<T> problem) {
-  const int64_t parts = problem.entries.tile_count * parts_down(problem.entries, kSide) * parts_across(problem.entries, kSide);
+  const int64_t parts =
+      problem.entries.tile_count * parts_down(problem.entries, kSide) * parts_across(problem.entries, kSide);
   const auto multiply = [&] {
     call.launch(masked_grad<T, kSide>, parts, kThreads<kSide>, sizeof(Memory<kSide>), problem);
   };
@@ -259,10 +266,16 @@ void masked_grad_cuda(Tensor out, const Tensor& grad_out, const Tensor& input, s
   const Entries entries = make_entries(call, rows, cols, tiles, local, tile);
   visit_float(grad_out.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Problem<T> problem{make_operand<T>(call, left, rows), make_operand<T>(call, right, cols), left.size(0),
-                             entries, plain::kFew, call.output<Wide<T>>(out), accumulate};
+    const Problem<T> problem{make_operand<T>(call, left, rows),
+                             make_operand<T>(call, right, cols),
+                             left.size(0),
+                             entries,
+                             plain::kFew,
+                             call.output<Wide<T>>(out),
+                             accumulate};
     if constexpr (sizeof(T) > 2) {
-      const int64_t parts = entries.tile_count * parts_down(entries, plain::kSide) * parts_across(entries, plain::kSide);
+      const int64_t parts =
+          entries.tile_count * parts_down(entries, plain::kSide) * parts_across(entries, plain::kSide);
       call.launch(plain::masked_grad<T>, parts, plain::kThreads, sizeof(plain::Memory<T>), problem);
     } else if (entries.tile_rows >= 128 && entries.tile_cols >= 128) {
       tensor_core::run<T, 128>(call, problem);
@@ -274,6 +287,8 @@ void masked_grad_cuda(Tensor out, const Tensor& grad_out, const Tensor& input, s
 
 }  // namespace
 
-SPARSEFT_CUDA_OPS(m) { m.impl("masked_grad_", TORCH_BOX(&masked_grad_cuda)); }
+SPARSEFT_CUDA_OPS(m) {
+  m.impl("masked_grad_", TORCH_BOX(&masked_grad_cuda));
+}
 
 }  // namespace sparseft
