@@ -34,8 +34,10 @@ ANY = (0, 10**9)
 CLEAN = {"stack": (0, 0), "local": (0, 0)}
 # (kernel, what is expected of it as (least, most)). Every kernel has to match a row.
 EXPECTED = [
-    (r"tensor_core::masked_grad<.*, 64>", CLEAN | {"registers": (1, 144), "mma": (16, 64), "matrix": (8, 32), "copy": (4, 32)}),
-    (r"tensor_core::masked_grad<.*, 128>", CLEAN | {"registers": (1, 192), "mma": (32, 128), "matrix": (12, 48), "copy": (4, 32)}),
+    (r"tensor_core::masked_grad<.*, 64>",
+     CLEAN | {"registers": (1, 144), "mma": (16, 64), "matrix": (8, 32), "copy": (4, 32)}),
+    (r"tensor_core::masked_grad<.*, 128>",
+     CLEAN | {"registers": (1, 192), "mma": (32, 128), "matrix": (12, 48), "copy": (4, 32)}),
     (r"compact_columns", CLEAN | {"registers": (1, 40)}),
     (r"plain::masked_grad<", CLEAN | {"registers": (1, 128), "mma": (0, 0), "barrier": (3, 8)}),
     (r"scatter_delta<", CLEAN | {"registers": (1, 96), "atomic": (0, 0)}),

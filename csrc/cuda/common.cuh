@@ -124,7 +124,7 @@ class Call {
     if (shared > (48 << 10)) {  // more than every device grants unasked
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
     }
-    kernel<<<static_cast<unsigned>(blocks), threads, shared, stream_>>>(arguments...);
+    kernel<<<static_cast<unsigned>(blocks), threads, shared, stream_> > >(arguments...);
     check(cudaGetLastError());
 #endif
   }

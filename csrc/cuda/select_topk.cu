@@ -206,7 +206,7 @@ struct CompactMemory {
 };
 
 template <typename T, bool kProduct>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     compact(Table<Segment<T>> segments, bool aligned, const Selection* selection, unsigned long long* ticket,
             uint64_t* status, int64_t chunks, int64_t* out) {
   constexpr int kRounds = kPerThread / kWidth<T>;
