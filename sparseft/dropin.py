@@ -45,17 +45,23 @@ class FirstBackward:
         self.k = round(density * sum(p.numel() for _, p in weights))
         if (sum(self.budgets) if self.budgets else self.k) == 0:
             raise ValueError(f"density {density} selects no entry")
+        if any(_hooked(p) for _, p in weights):
+            raise ValueError("params: a parameter serves another sparseft optimizer or a sparsified model already")
         self.pool: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # position -> flat indices, gradients, scores
-        self.queued = False
-        self.handles = [p.register_post_accumulate_grad_hook(partial(self._take, i)) for i, (_, p) in enumerate(weights)]
+        self.backward: int | None = None  # the one that is selecting
+        self.handles = [
+            p.register_post_accumulate_grad_hook(partial(self._take, position)) for position, (_, p) in enumerate(weights)
+        ]
 
     @torch.no_grad()
     def _take(self, position: int, parameter: nn.Parameter) -> None:
         if _in_reentrant_checkpoint():
             raise RuntimeError("reentrant gradient checkpointing hides where backward ends, and with it where the "
                                "first selection does; use checkpointing with use_reentrant=False")  # fmt: skip
-        if not self.queued:
-            self.queued = True
+        backward = torch._C._current_graph_task_id()
+        if backward != self.backward:  # its first gradient; one that failed half-way may have left its own in the pool
+            self.backward = backward
+            self.pool.clear()
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         grad, parameter.grad = parameter.grad.contiguous(), None
         others = [parameter.detach().contiguous().to(grad.dtype)] if self.criterion == "taylor" else []
@@ -82,7 +88,7 @@ class FirstBackward:
 
     def _finish(self) -> None:
         """End of the first backward. If a gradient is NaN or Inf, the next backward selects."""
-        self.queued = False
+        self.backward = None
         for i, (_, gradients, _) in self.pool.items():
             if not bool(torch.isfinite(gradients).all()):
                 self.pool.clear()
@@ -134,6 +140,12 @@ def _gather(chosen: Selected, parameter: nn.Parameter) -> None:
 
 def _free(parameter: nn.Parameter) -> None:
     parameter.grad = None
+
+
+def _hooked(parameter: nn.Parameter) -> bool:
+    """Whether a hook of this package takes the parameter's gradient already."""
+    hooks = (parameter._post_accumulate_grad_hooks or {}).values()
+    return any(getattr(hook, "func", hook).__module__.startswith("sparseft.") for hook in hooks)
 
 
 def _in_reentrant_checkpoint() -> bool:

@@ -77,7 +77,7 @@ class _Sparse:
         """The plain layer's output; under autocast in autocast's dtype, as the plain layer's."""
         x, weight, bias = input, self.weight, self.bias
         device = input.device.type
-        if torch.is_autocast_enabled(device):
+        if torch.is_autocast_enabled(device) and input.dtype != torch.float64:  # autocast leaves fp64 alone
             dtype = torch.get_autocast_dtype(device)
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
@@ -112,14 +112,17 @@ def sparsify(model: nn.Module, patterns: dict[str, Pattern]) -> nn.Module:
         The same model. Its `state_dict` has the same keys and shapes as before.
 
     Raises:
+        TypeError: `patterns` is not a dict of Patterns.
         ValueError: no pattern, an unknown name, a shape that does not fit, a weight that is not contiguous or
-            not floating point, or a model that is sparsified already. The model is unchanged then.
+            not floating point, a module with attributes of the same names as the new ones, or a model that is
+            sparsified already. The model is unchanged then.
     """
     parameters_by_name = dict(model.named_parameters())
     _check(model, patterns, parameters_by_name)
     flags = {name: p.requires_grad for name, p in parameters_by_name.items()}
     uses = _uses(model)
     model.requires_grad_(False)
+    model.zero_grad()  # a dense gradient left from before has no further use
     for name, pattern in patterns.items():
         module_name, _, leaf = name.rpartition(".")
         _attach(model.get_submodule(module_name), leaf, pattern.to(parameters_by_name[name].device), uses)
@@ -135,6 +138,7 @@ def densify(model: nn.Module) -> nn.Module:
             handle.remove()
         for key in _gather_hooks(chosen.weight):
             del chosen.weight._post_accumulate_grad_hooks[key]
+        del chosen.values._sparseft_owner  # an optimizer that still holds the leaf has nothing to write to
         stem = _stem(name)
         for attribute in (*TENSORS, "base", "values"):
             delattr(module, stem + attribute)
@@ -221,6 +225,8 @@ def _uses(model: nn.Module) -> dict[nn.Parameter, int]:
 
 
 def _check(model: nn.Module, patterns: dict[str, Pattern], known: dict[str, nn.Parameter]) -> None:
+    if not isinstance(patterns, dict):
+        raise TypeError(f"patterns must be a dict of parameter name -> Pattern, got {type(patterns).__name__}")
     if not patterns:
         raise ValueError("patterns must name at least one weight, got an empty dict")
     if any(True for _ in _walk(model)):
@@ -228,12 +234,18 @@ def _check(model: nn.Module, patterns: dict[str, Pattern], known: dict[str, nn.P
     for name, pattern in patterns.items():
         if name not in known:
             raise ValueError(f"patterns: the model has no parameter {name!r} (tied weights go by their first name)")
+        if not isinstance(pattern, Pattern):
+            raise TypeError(f"patterns[{name!r}] must be a Pattern, got {type(pattern).__name__}")
         weight = known[name]
         if not weight.is_floating_point() or not weight.is_contiguous():
             raise ValueError(f"patterns[{name!r}]: the weight must be floating point and contiguous, "
                              f"got {weight.dtype}, strides {weight.stride()}")  # fmt: skip
         if matrix_shape(weight.shape) != pattern.shape:
             raise ValueError(f"patterns[{name!r}] is for shape {pattern.shape}, got a weight of {tuple(weight.shape)}")
+        module_name, _, leaf = name.rpartition(".")
+        for attribute in (*TENSORS, "base", "values"):
+            if hasattr(model.get_submodule(module_name), _stem(leaf) + attribute):
+                raise ValueError(f"patterns[{name!r}]: its module has an attribute {_stem(leaf) + attribute!r} already")
 
 
 def _attach(module: nn.Module, name: str, pattern: Pattern, uses: dict[nn.Parameter, int]) -> None:
@@ -293,13 +305,15 @@ def _leave_out(leaf: str, module: nn.Module, state_dict: dict, prefix: str, loca
 
 def _not_missing(leaf: str, module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
     """... and a plain model's state_dict lacks nothing."""
-    state_dict[prefix + leaf] = getattr(module, leaf).data
+    state_dict[prefix + leaf] = getattr(module, leaf)  # itself: with assign=True it stays the optimizer's leaf
 
 
 def _refresh(name: str, module: nn.Module, incompatible_keys: object) -> None:
-    """Loaded weights become the leaf's values."""
+    """Loaded weights become the leaf's values; a finer master value that rounds to the loaded weight stays."""
+    bind(module, name)  # assign=True brings a new weight, without hooks
     chosen = _describe(module, name, name)
-    chosen.values.data.copy_(chosen.pattern.gather(chosen.weight.detach()))
+    loaded, values = chosen.pattern.gather(chosen.weight.detach()), chosen.values.data
+    values.copy_(torch.where(values.to(loaded.dtype) == loaded, values, loaded.to(values.dtype)))
 
 
 def _write(module: nn.Module, name: str) -> None:

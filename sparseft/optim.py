@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 
 from sparseft.dropin import FirstBackward
 from sparseft.layers import Selected, owner, selected
-from sparseft.ops import sparse_adamw_
-from sparseft.pattern import TENSORS, Pattern, pack
+from sparseft.ops import scatter_delta_, sparse_adamw_
+from sparseft.pattern import TENSORS, Pattern, matrix_shape, pack
 from sparseft.reference import LAYER
 from sparseft.selection import eligible
 
@@ -24,8 +24,8 @@ class SparseAdamW(Optimizer):
     model, whose dense weight gradients never exist. Drop-in door: `SparseAdamW(model.parameters(), density=0.01)`
     on an untouched model: the first backward selects; from then on `param_groups` hold one leaf per selected
     weight, and each dense gradient is gathered and freed inside backward. In this door bare parameters are
-    eligible from two dimensions on (pass the model, or `model.named_parameters()`, to leave embeddings and
-    the output head out by name); `step` clears the gathered gradients; to clip, pass the leaves in `param_groups`.
+    eligible from two dimensions on (pass the model to leave embeddings and the output head out); frozen parameters
+    are not; `step` clears the gathered gradients; to clip, pass the leaves in `param_groups`.
 
     Moments and master values are fp32 (fp64 for fp64 weights) whatever the weights' dtype; bias correction goes
     by each entry's own age.
@@ -38,7 +38,7 @@ class SparseAdamW(Optimizer):
         decay_to: "pretrained" pulls towards the values before training, "zero" is the classic decay.
         density: share of the eligible weights to select (drop-in door only).
         criterion: "grad" (|g|) or "taylor" (|w * g|). `allocation`: "global" or "layer". `tile`: tile shape.
-        include, exclude: globs on parameter names, as in `sparseft.select`.
+        include, exclude: globs on parameter names, as in `sparseft.select`; only with a model as `params`.
         on_nonfinite: "skip" leaves everything as it is and counts in `skipped_steps`; "raise" raises.
 
     Raises:
@@ -84,7 +84,10 @@ class SparseAdamW(Optimizer):
             self._waiting = FirstBackward(weights, density, criterion, allocation, tile, self._adopt)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; checks this group's options, and that its parameters are leaves (lean door)."""
+        """As in torch (lean door only); checks this group's options, and that its parameters are leaves."""
+        if self._waiting is not None or self._chosen:
+            raise ValueError("param_group: in the drop-in door all parameters take part in the selection; pass them to "
+                             "the constructor")  # fmt: skip
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
@@ -132,13 +135,16 @@ class SparseAdamW(Optimizer):
             self._skip(found)
             for arena, tiles in work:
                 arena.step(tiles, found.to(arena.grad.device))
-        if self._drop_in:  # the model's own zero_grad does not reach these leaves
-            for leaf in self._chosen:
-                leaf.grad = None
+        self._clear()
         return loss
+
+    def _clear(self) -> None:
+        for leaf in self._chosen:  # drop-in door: the model's own zero_grad does not reach these leaves
+            leaf.grad = None
 
     def _skip(self, found: Tensor | bool) -> None:
         if self.on_nonfinite == "raise" and bool(found):
+            self._clear()
             raise FloatingPointError("a gradient is NaN or Inf; no weight was changed")
         found = torch.as_tensor(found)
         self._skipped = self._skipped.to(found.device) + found.long()  # counted on the device: no synchronisation
@@ -151,12 +157,13 @@ class SparseAdamW(Optimizer):
         leaves = [leaf for group in self.param_groups for leaf in group["params"]]
         state["sparse"] = {number: _pack_leaf(self._selected(leaf), self._position(leaf), self.state.get(leaf, {}))
                            for number, leaf in enumerate(leaves) if self._selected(leaf) is not None}  # fmt: skip
-        for per_leaf in state["state"].values():
-            per_leaf.pop("born", None)
+        state["state"] = {number: {key: value for key, value in per_leaf.items() if key != "born"}
+                          for number, per_leaf in state["state"].items()}  # fmt: skip
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict()`; in the drop-in door this also restores the selection.
+        """Continue from `state_dict()`: also its selection (drop-in door), its base values and its masters, which are
+        written to the weights.
 
         Raises:
             ValueError: it is not from a SparseAdamW, or for other patterns than this optimizer's.
@@ -165,7 +172,7 @@ class SparseAdamW(Optimizer):
             raise ValueError("state_dict has no 'sparse' part: it is not from a SparseAdamW")
         saved: dict[int, dict[str, Any]] = state_dict["sparse"]
         if self._waiting is not None and saved:
-            self._restore_selection(saved)
+            self._restore_selection(saved, [len(group["params"]) for group in state_dict["param_groups"]])
         leaves = [leaf for group in self.param_groups for leaf in group["params"]]
         for number, entry in saved.items():
             chosen = self._selected(leaves[number]) if number < len(leaves) else None
@@ -175,7 +182,10 @@ class SparseAdamW(Optimizer):
         with torch.no_grad():
             for number, entry in saved.items():
                 leaf = leaves[number]
+                chosen = self._selected(leaf)
                 leaf.copy_(entry["values"])
+                chosen.base.copy_(entry["base"])
+                scatter_delta_(chosen.weight, leaf, chosen.pattern, "copy")
                 if "step" in self.state[leaf]:
                     self.state[leaf]["step"] = self.state[leaf]["step"].to(leaf.device, torch.int64)
                 if entry["born"] is not None:
@@ -222,12 +232,19 @@ class SparseAdamW(Optimizer):
             self._chosen[entry.values] = entry
             self._numbers[entry.values] = number
 
-    def _restore_selection(self, saved: dict[int, dict[str, Any]]) -> None:
-        patterns = {}
+    def _restore_selection(self, saved: dict[int, dict[str, Any]], sizes: list[int]) -> None:
+        patterns: dict[int, tuple[Pattern, Tensor]] = {}
+        weights = self._waiting.weights
         for entry in saved.values():
             tensors = entry["pattern"]
             pattern = Pattern(tuple(tensors["shape"]), tuple(tensors["tile"]), *(tensors[name] for name in TENSORS))
-            patterns[entry["number"]] = (pattern.validate(), entry["base"])
+            number = entry["number"]
+            if number is None or number >= len(weights) or pattern.shape != matrix_shape(weights[number][1].shape):
+                raise ValueError(f"state_dict: its parameter {number} of shape {pattern.shape} is none of this optimizer's")
+            patterns[number] = pattern.validate(), entry["base"]
+        mine = [sum(weights[number][0] == group for number in patterns) for group in range(len(self.param_groups))]
+        if sizes != mine:
+            raise ValueError(f"state_dict: param groups of {sizes} leaves, for this optimizer expected {mine}")
         self._waiting.restore(patterns)
 
 
@@ -240,10 +257,13 @@ class _Arena:
         self.layout = pack([c.pattern for c in chosen])
         self.base = torch.cat([c.base for c in chosen])
         self.values = torch.cat([leaf.detach() for leaf in self.leaves])
+        self.values = self.values.to(torch.promote_types(self.weights[0].dtype, torch.float32))  # after model.to(bf16)
         self.grad = torch.zeros_like(self.values)
-        self.buffers = {name: _joined(self.leaves, state, name) for name in STATE}
-        self.steps = torch.stack([state[leaf].get("step", leaf.new_zeros((), dtype=torch.int64)) for leaf in self.leaves])
-        self.born = _joined(self.leaves, state, "born") if any("born" in state[leaf] for leaf in self.leaves) else None
+        self.buffers = {name: _joined(self.leaves, state, name, self.values.dtype) for name in STATE}
+        zero = torch.zeros((), dtype=torch.int64)
+        self.steps = torch.stack([state[leaf].get("step", zero).to(leaf.device) for leaf in self.leaves])
+        aged = any("born" in state[leaf] for leaf in self.leaves)
+        self.born = _joined(self.leaves, state, "born", torch.int32) if aged else None
         self._tiles: dict[tuple[bool, ...], Tensor] = {}
         self._attach(state)
 
@@ -304,33 +324,37 @@ def _as_params(params: Any, include: Any, exclude: Any, drop_in: bool) -> list[A
             raise ValueError("density: this model is sparsified already; leave density out, or densify it first")
         if not drop_in and not leaves:
             raise ValueError("params: this model has no selected entries; sparsify it first, or give density=")
-        return list(eligible(params, include, exclude).items()) if drop_in else leaves
+        if drop_in:
+            return _some([(name, p) for name, p in eligible(params, include, exclude).items() if p.requires_grad])
+        return leaves
+    if include is not None or exclude is not None:
+        raise ValueError("include / exclude go by name: pass the model as params")
     if isinstance(params, Tensor):
         raise TypeError(f"params must be a model or an iterable of parameters, got a tensor of shape {tuple(params.shape)}")
     given = list(params)
     if given and isinstance(given[0], dict):
-        return [{**group, "params": _keep(list(group["params"]), include, exclude, drop_in)} for group in given]
-    return _keep(given, include, exclude, drop_in)
+        return [{**group, "params": _trainable(group["params"], drop_in)} for group in given]
+    return _trainable(given, drop_in)
 
 
-def _keep(given: list[Any], include: Any, exclude: Any, drop_in: bool) -> list[Any]:
-    named = bool(given) and isinstance(given[0], tuple)
-    if not drop_in:  # a sparsified model's frozen parameters may come along with its leaves
-        kept = [p for p in given if (p[1] if named else p).requires_grad]
-    elif named:
-        kept = list(eligible(dict(given), include, exclude).items())
-    else:
-        if include is not None or exclude is not None:
-            raise ValueError("include / exclude go by name: pass the model or model.named_parameters()")
-        kept = [p for p in given if p.requires_grad and p.dim() >= 2]
+def _trainable(given: Any, drop_in: bool) -> list[Any]:
+    """Without what is frozen (a sparsified model's other parameters may come along with its leaves)."""
+    given = [given] if isinstance(given, Tensor) else list(given)
+    dimensions = 2 if drop_in else 0
+    bare = [p[1] if isinstance(p, tuple) else p for p in given]  # torch takes (name, parameter) too
+    return _some([g for g, p in zip(given, bare, strict=True) if p.requires_grad and p.dim() >= dimensions])
+
+
+def _some(kept: list[Any]) -> list[Any]:
     if not kept:
         raise ValueError("params: no parameter is left to train")
     return kept
 
 
-def _joined(leaves: list[nn.Parameter], state: dict[nn.Parameter, dict[str, Any]], name: str) -> Tensor:
+def _joined(
+    leaves: list[nn.Parameter], state: dict[nn.Parameter, dict[str, Any]], name: str, dtype: torch.dtype
+) -> Tensor:
     """One flat buffer of the leaves' states, zeros where a leaf has none yet."""
-    dtype = torch.int32 if name == "born" else leaves[0].dtype
     parts = [state[leaf].get(name, torch.zeros_like(leaf, dtype=dtype)) for leaf in leaves]
     return torch.cat([part.detach().to(leaf.device, dtype) for part, leaf in zip(parts, leaves, strict=True)])
 
