@@ -39,8 +39,10 @@ BENCHES = $(patsubst bench/%.py,bench.%,$(shell grep -l __main__ bench/*.py))
 bench: $(STAMPS)/bench
 	set -e; for module in $(BENCHES); do echo "== $$module"; $(BIN)/python -m $$module; done
 
-wheel: $(STAMPS)/package
+# The libraries must use nothing but torch's stable ABI, and no more of it than torch 2.10 has.
+wheel: $(STAMPS)/wheel
 	rm -rf build dist
+	$(BIN)/torch-abi-audit --check torch sparseft/*.so
 	SPARSEFT_CUDA=0 $(PIP) wheel . --no-deps --no-build-isolation --wheel-dir dist/cpu
 	@if $(BIN)/python -c "import sys, setup; toolkit, why = setup.choose_cuda(); print('CUDA wheel:', why); sys.exit(not toolkit)"; \
 	then SPARSEFT_CUDA=1 $(PIP) wheel . --no-deps --no-build-isolation --wheel-dir dist/cuda; \
@@ -87,6 +89,10 @@ $(STAMPS)/demo: pyproject.toml | $(STAMPS)/package
 
 $(STAMPS)/bench: pyproject.toml | $(STAMPS)/test $(STAMPS)/demo
 	$(PIP) install "sparseft[bench]"
+	@touch $@
+
+$(STAMPS)/wheel: pyproject.toml | $(STAMPS)/package
+	$(PIP) install "sparseft[wheel]"
 	@touch $@
 
 $(STAMPS)/lint: pyproject.toml | $(STAMPS)/package

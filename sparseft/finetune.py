@@ -89,6 +89,8 @@ def run(config: RunConfig, folder: Path, display: Display, *, resume: bool = Fal
     Raises:
         ValueError: bad input; nothing was trained and the folder was not made.
     """
+    if not resume and folder.exists():
+        raise ValueError(f"{folder} exists already; choose another name, or resume it")
     if resume and not (folder / CHECKPOINTS).is_dir():
         raise ValueError(f"{folder} is no run to resume: it has no checkpoints")
     rows = read_rows(config.data)
@@ -112,7 +114,11 @@ def run(config: RunConfig, folder: Path, display: Display, *, resume: bool = Fal
     if not resume:
         display.stage(f"Select {config.sparse.density:.2%} of {share:,} weights ({config.sparse.criterion})")
         with clock("select"):
-            trainer.create_optimizer()
+            try:
+                trainer.create_optimizer()
+            except BaseException:
+                shutil.rmtree(folder)  # Trainer made it; nothing is in it yet
+                raise
     display.stage("Train")
     with clock("train"):
         trained = trainer.train(resume_from_checkpoint=resume or None)

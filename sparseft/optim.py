@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparseft.dropin import FirstBackward
+from sparseft.dropin import FirstBackward, free_others
 from sparseft.layers import Selected, owner, selected
 from sparseft.ops import scatter_delta_, sparse_adamw_
 from sparseft.pattern import TENSORS, Pattern, matrix_shape, pack
@@ -78,10 +78,14 @@ class SparseAdamW(Optimizer):
         self._drop_in = density is not None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decay_to": decay_to,
                     "maximize": maximize}  # fmt: skip
+        if not self._drop_in and not (include is None and exclude is None):
+            raise ValueError("include / exclude: what trains was chosen by sparsify; they go with density=")
         super().__init__(_as_params(params, include, exclude, drop_in=self._drop_in), defaults)
         if density is not None:
             weights = [(number, p) for number, group in enumerate(self.param_groups) for p in group["params"]]
             self._waiting = FirstBackward(weights, density, criterion, allocation, tile, self._adopt)
+            if isinstance(params, nn.Module):
+                free_others(params, [p for _, p in weights])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch (lean door only); checks this group's options, and that its parameters are leaves."""
@@ -137,6 +141,9 @@ class SparseAdamW(Optimizer):
                 arena.step(tiles, found.to(arena.grad.device))
         self._clear()
         return loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a SparseAdamW is bound to its model's tensors and cannot be copied or pickled; use state_dict()")
 
     def _clear(self) -> None:
         for leaf in self._chosen:  # drop-in door: the model's own zero_grad does not reach these leaves
@@ -309,7 +316,8 @@ class _Arena:
         self.steps += self._having * (found_inf == 0)
         lr = group["lr"] if isinstance(group["lr"], Tensor) else torch.tensor(group["lr"], dtype=torch.float64)
         sparse_adamw_(
-            self.weights, self.values, self.grad, *self.buffers.values(), self.layout._replace(tiles=tiles),
+            self.weights, self.values, self.grad, self.buffers["exp_avg"], self.buffers["exp_avg_sq"],
+            self.layout._replace(tiles=tiles),
             step=self.steps, lr=lr, betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
             base=self.base if group["decay_to"] == "pretrained" else None, born=self.born,
             maximize=group["maximize"], found_inf=found_inf,

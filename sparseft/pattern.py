@@ -74,7 +74,7 @@ class Pattern:
             ValueError: a position is out of range or repeated, the tile is too large, an order misses a row.
         """
         rows_n, cols_n = matrix_shape(shape)
-        _check_tile(tile)
+        check_tile(tile)
         if indices.dtype != torch.int64 or indices.dim() != 1:
             raise TypeError(f"indices must be a 1-D int64 tensor, got {indices.dim()}-D {indices.dtype}")
         if len(indices) and not (0 <= int(indices.min()) and int(indices.max()) < rows_n * cols_n):
@@ -156,7 +156,7 @@ class Pattern:
         Raises:
             ValueError: naming the field, the first bad element and what was expected.
         """
-        _check_tile(self.tile)
+        check_tile(self.tile)
         for name, dtype, dim in (("rows", torch.int32, 1), ("cols", torch.int32, 1), ("tiles", torch.int64, 2),
                                  ("local", torch.int16, 1)):  # fmt: skip
             tensor = getattr(self, name)
@@ -262,7 +262,7 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     return n, int(last)
 
 
-def _check_tile(tile: Sequence[int]) -> None:
+def check_tile(tile: Sequence[int]) -> None:
     if len(tile) != 2 or min(tile) < 1 or tile[0] * tile[1] > MAX_TILE:
         raise ValueError(f"tile must be two positive sizes with at most {MAX_TILE} positions, got {tuple(tile)}")
 

@@ -15,7 +15,7 @@ from sparseft.delta import Delta
 from sparseft.evaluation import loss_positions
 from sparseft.layers import selected, sparsify
 from sparseft.optim import SparseAdamW
-from sparseft.pattern import TENSORS, Pattern
+from sparseft.pattern import TENSORS, Pattern, check_tile
 from sparseft.selection import ALLOCATIONS, CRITERIA, select
 
 OPTIMIZER_FILE = "optimizer.pt"  # where Trainer puts the optimizer's state inside a checkpoint
@@ -52,7 +52,9 @@ class SparseConfig:
         for name, share in (("density", self.density), ("tile_budget", self.tile_budget)):
             if not 0 < share <= 1:
                 raise ValueError(f"{name} must lie in (0, 1], got {share}")
-        for name, known in (("criterion", CRITERIA), ("allocation", ALLOCATIONS)):
+        check_tile(self.tile)
+        for name, known in (("criterion", CRITERIA), ("allocation", ALLOCATIONS),
+                            ("decay_to", ("pretrained", "zero")), ("on_nonfinite", ("skip", "raise"))):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {sorted(known)}, got {getattr(self, name)!r}")
 

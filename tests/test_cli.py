@@ -60,9 +60,9 @@ def start(tmp_path_factory) -> Path:
 
 
 def train(folder: Path, *options: object, name: str = "run") -> list[object]:
-    return ["train", folder / "model", folder / "train.jsonl", "--eval", folder / "held.jsonl", "--runs", folder / "runs",
-            "--name", name, "--density", 0.1, "--tile", 8, "--steps", 6, "--batch-size", 4, "--max-new-tokens", 3,
-            "--device", "cpu", *options]  # fmt: skip
+    return ["train", folder / "model", folder / "train.jsonl", "--eval", folder / "held.jsonl",
+            "--runs", folder / "runs", "--name", name, "--density", 0.1, "--tile", 8, "--steps", 6,
+            "--batch-size", 4, "--max-new-tokens", 3, "--device", "cpu", *options]  # fmt: skip
 
 
 def test_a_run_folder_tells_the_whole_story(start):
@@ -140,9 +140,8 @@ def test_the_same_seed_gives_the_same_delta_and_resume_continues(start):
     (["--resume"], "no run to resume"),
 ], ids=str)  # fmt: skip
 def test_bad_options_end_in_one_line_and_make_nothing(start, options, message):
-    name = "bad"
     before = sorted((start / "runs").rglob("*"))
-    assert message in error(*train(start, *options, name=name))
+    assert message in error(*train(start, *options, name="bad"))
     assert sorted((start / "runs").rglob("*")) == before
 
 

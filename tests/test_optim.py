@@ -789,6 +789,7 @@ def test_moved_storage_is_followed():
         p.data = p.data.clone()
     train(model, optimizer, data[2:])
     assert same(weights(model), weights(twin))
+    assert all(torch.equal(c.values, c.pattern.gather(c.weight)) for c in selected(model).values())
 
 
 # ---- bad arguments --------------------------------------------------------------------------------------------
