@@ -197,7 +197,8 @@ class Pattern:
     @cached_property
     def digest(self) -> str:
         """sha256 (hex) of shape, tile and all four tensors: two patterns are equal when their digests are."""
-        state = hashlib.sha256(json.dumps([FORMAT, self.shape, self.tile]).encode())
+        lengths = [len(getattr(self, name)) for name in TENSORS]
+        state = hashlib.sha256(json.dumps([FORMAT, self.shape, self.tile, lengths]).encode())
         for name in TENSORS:
             state.update(getattr(self, name).cpu().contiguous().numpy().tobytes())
         return state.hexdigest()
@@ -229,10 +230,21 @@ class Pattern:
                 tensors = [file.get_tensor(name) for name in TENSORS]
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable pattern file: {error}") from error
-        pattern = cls(tuple(json.loads(header["shape"])), tuple(json.loads(header["tile"])), *tensors).validate()
+        shape, tile = (_pair(header, name, path) for name in ("shape", "tile"))
+        pattern = cls(shape, tile, *tensors).validate()
         if pattern.digest != header.get("digest"):
             raise ValueError(f"{path}: content does not match its digest; the file was changed or damaged")
         return pattern
+
+
+def _pair(header: dict[str, str], name: str, path: str | Path) -> tuple[int, int]:
+    try:
+        first, second = json.loads(header[name])
+        if type(first) is type(second) is int and min(first, second) >= 0:
+            return first, second
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise ValueError(f"{path}: header field {name!r} must be two sizes, got {header.get(name)!r}")
 
 
 def pack(patterns: Sequence[Pattern]) -> Layout:
