@@ -49,9 +49,10 @@ wheel: $(STAMPS)/wheel
 	else echo "no CUDA wheel"; fi
 	@ls dist/*/*.whl
 
-gpu: $(STAMPS)/bench
+gpu: $(STAMPS)/package
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else \
 	  f'make gpu: no GPU here: torch {torch.__version__} finds no CUDA device')"
+	$(MAKE) $(STAMPS)/bench
 	$(BIN)/python -m pytest --benchmark-disable
 	$(MAKE) bench
 

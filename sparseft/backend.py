@@ -92,11 +92,18 @@ def _refusal(name: str, operation: str, device_type: str) -> str | None:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"sparseft_{name}::{operation}", name.upper()):
             return f"{_LIBRARIES[name]} has no kernel for it"
         return None
-    if importlib.util.find_spec(f"sparseft.kernels.{operation.rstrip('_')}") is None:
-        return "no Triton kernel for it yet"
+    if not _has_triton_kernel(operation):
+        return "there is no Triton kernel for it"
     if device_type == "cpu" and (os.environ.get("TRITON_INTERPRET") != "1" or _forced != "triton"):
         return "on CPU tensors it runs only when forced and under TRITON_INTERPRET=1"
     return None if device_type in ("cpu", "cuda") else f"it runs on cuda tensors only, got {device_type}"
+
+
+def _has_triton_kernel(operation: str) -> bool:
+    try:
+        return importlib.util.find_spec(f"sparseft.kernels.{operation.rstrip('_')}") is not None
+    except ModuleNotFoundError:  # sparseft runs from its sources, without an installation
+        return False
 
 
 def _function(name: str, operation: str) -> Callable:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from functools import partial
+from types import FrameType
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,8 @@ class FirstBackward:
             raise ValueError(f"allocation must be 'global' or 'layer', got {allocation!r}")
         self.weights, self.criterion, self.tile, self.adopt = weights, criterion, tile, adopt
         self.density, self.allocation = density, allocation
+        self.tops: list[StreamingTopK[int]] = []
+        self.nonfinite: int | None = None  # a parameter whose gradient was NaN or Inf
         self._start_over()
         if not any(top.k for top in self.tops):
             raise ValueError(f"density {density} selects no entry")
@@ -49,7 +52,8 @@ class FirstBackward:
             raise ValueError("params: a parameter serves another sparseft optimizer or a sparsified model already")
         self.backward: int | None = None  # the one that is selecting
         self.handles = [
-            p.register_post_accumulate_grad_hook(partial(self._take, position)) for position, (_, p) in enumerate(weights)
+            parameter.register_post_accumulate_grad_hook(partial(self._take, position))
+            for position, (_, parameter) in enumerate(weights)
         ]
 
     @torch.no_grad()
@@ -70,7 +74,7 @@ class FirstBackward:
 
     def _start_over(self) -> None:
         """One top-k for each parameter: its own, or one that all share."""
-        self.nonfinite: int | None = None
+        self.nonfinite = None
         sizes = [p.numel() for _, p in self.weights]
         if self.allocation == "layer":
             self.tops = [StreamingTopK[int](round(self.density * size)) for size in sizes]
@@ -85,7 +89,9 @@ class FirstBackward:
             weight.grad = torch.full_like(weight, torch.nan)  # for GradScaler, and `step`, to see
             self._start_over()
             return
-        indices, scores, gradients = {}, {}, {}
+        indices: dict[int, Tensor] = {}
+        scores: dict[int, Tensor] = {}
+        gradients: dict[int, Tensor] = {}
         for top in {id(top): top for top in self.tops}.values():
             indices |= top.result()
             scores |= top.scores()
@@ -121,7 +127,7 @@ class FirstBackward:
                 continue
             pattern = pattern.to(parameter.device)
             values, now = leaf_of(parameter, pattern)
-            leaves[i] = Selected("", None, parameter, values, now if base is None else base.to(now.device), pattern)
+            leaves[i] = Selected("", parameter, values, now if base is None else base.to(now.device), pattern)
             parameter.register_post_accumulate_grad_hook(partial(_gather, leaves[i]))
         self.adopt([(self.weights[i][0], i, chosen) for i, chosen in leaves.items()])
         return leaves
@@ -150,7 +156,7 @@ def _hooked(parameter: nn.Parameter) -> bool:
 
 
 def _in_reentrant_checkpoint() -> bool:
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code is CheckpointFunction.backward.__code__:
             return True

@@ -26,7 +26,7 @@ class Selected:
     """One sparsified weight of a model.
 
     Attributes:
-        name: the weight's qualified parameter name. `module`: its owner (None in the optimizer's drop-in door).
+        name: the weight's qualified parameter name.
         weight: the full parameter; always holds the current values, rounded to its dtype.
         values: fp32 (fp64 for fp64 weights) leaf [k]: the master values, in the pattern's order.
         base: [k], the pretrained values bit for bit, in the weight's dtype.
@@ -34,7 +34,6 @@ class Selected:
     """
 
     name: str
-    module: nn.Module | None
     weight: nn.Parameter
     values: nn.Parameter
     base: Tensor
@@ -68,10 +67,19 @@ class MaskedLinear(torch.autograd.Function):
         return grad_x, grad_values, None, grad_bias, *[None] * 6
 
 
-class _Sparse:
+class _Sparse(nn.Module):
     """What the sparse layer classes share; each sits in front of the plain class that it replaces."""
 
+    plain: type[nn.Module]
     transposed = False
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    values: nn.Parameter
+    rows: Tensor
+    cols: Tensor
+    tiles: Tensor
+    local: Tensor
+    _tile: tuple[int, int]
 
     def forward(self, input: Tensor) -> Tensor:
         """The plain layer's output; under autocast in autocast's dtype, as the plain layer's."""
@@ -131,9 +139,9 @@ def sparsify(model: nn.Module, patterns: dict[str, Pattern]) -> nn.Module:
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Back to plain layers, in place: the weights keep their current values, `requires_grad` is as before `sparsify`."""
-    for chosen in selected(model).values():
-        module, name = chosen.module, chosen.name.rpartition(".")[2]
+    """Back to plain layers, in place; weights keep their current values, `requires_grad` is as before `sparsify`."""
+    for module, name, _ in list(_walk(model)):
+        chosen = _describe(module, name)
         for handle in module._sparseft.pop(name)["handles"]:
             handle.remove()
         for key in _gather_hooks(chosen.weight):
@@ -154,25 +162,26 @@ def densify(model: nn.Module) -> nn.Module:
 
 def selected(model: nn.Module) -> dict[str, Selected]:
     """Every sparsified weight of the model, by parameter name, in the model's order; empty for a plain model."""
-    return {chosen.name: chosen for chosen in _walk(model)}
+    return {qualified: _describe(module, name, qualified) for module, name, qualified in _walk(model)}
 
 
 def parameters(model: nn.Module) -> list[nn.Parameter]:
     """The trainable leaves, for any torch optimizer: after its step the values are written to the weights."""
-    return [chosen.values for chosen in _walk(model)]
+    return [chosen.values for chosen in selected(model).values()]
 
 
 def write_values_(model: nn.Module) -> None:
     """Write every leaf's values into its weight, rounded to the weight's dtype."""
-    for chosen in _walk(model):
-        _write(chosen.module, chosen.name.rpartition(".")[2])
+    for module, name, _ in _walk(model):
+        _write(module, name)
 
 
 def bind(module: nn.Module, name: str) -> None:
-    """Tie the leaf of `module`'s parameter `name` to its weight; again after a copy, which loses attributes and hooks."""
+    """Tie the leaf of `module`'s parameter `name` to its weight (again after a copy: it loses attributes and hooks)."""
     weight, values = getattr(module, name), getattr(module, _stem(name) + "values")
     values._sparseft_owner = (module, name)
-    if not isinstance(module, _Sparse) and not _gather_hooks(weight):
+    computed_sparsely = isinstance(module, _Sparse) and name == "weight"
+    if not computed_sparsely and not _gather_hooks(weight):
         weight.register_post_accumulate_grad_hook(_Gather(module, name))
 
 
@@ -190,23 +199,24 @@ def leaf_of(weight: Tensor, pattern: Pattern) -> tuple[nn.Parameter, Tensor]:
 
 
 def owner(leaf: nn.Parameter) -> Selected | None:
-    """The weight that a leaf belongs to (its `name` unqualified), None for any other parameter."""
+    """The weight that a leaf belongs to (without its `name`), None for any other parameter."""
     where = getattr(leaf, "_sparseft_owner", None)
-    return None if where is None else _describe(*where, where[1])
+    return None if where is None else _describe(*where)
 
 
-def _walk(model: nn.Module) -> Iterator[Selected]:
+def _walk(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """(module, parameter name, qualified name) of every sparsified weight; mends what a copy lost."""
     for prefix, module in model.named_modules():
         for name in getattr(module, "_sparseft", ()):
             bind(module, name)
-            yield _describe(module, name, f"{prefix}.{name}" if prefix else name)
+            yield module, name, f"{prefix}.{name}" if prefix else name
 
 
-def _describe(module: nn.Module, name: str, qualified: str) -> Selected:
+def _describe(module: nn.Module, name: str, qualified: str = "") -> Selected:
     stem, weight = _stem(name), getattr(module, name)
-    tensors = (getattr(module, stem + tensor) for tensor in TENSORS)
-    pattern = Pattern(matrix_shape(weight.shape), module._sparseft[name]["tile"], *tensors)
-    return Selected(qualified, module, weight, getattr(module, stem + "values"), getattr(module, stem + "base"), pattern)
+    rows, cols, tiles, local = (getattr(module, stem + tensor) for tensor in TENSORS)
+    pattern = Pattern(matrix_shape(weight.shape), module._sparseft[name]["tile"], rows, cols, tiles, local)
+    return Selected(qualified, weight, getattr(module, stem + "values"), getattr(module, stem + "base"), pattern)
 
 
 def _stem(name: str) -> str:
@@ -290,7 +300,7 @@ class _Gather:
         self.module, self.name = module, name
 
     def __call__(self, weight: nn.Parameter) -> None:
-        gather_grad_(_describe(self.module, self.name, self.name))
+        gather_grad_(_describe(self.module, self.name))
 
 
 def _gather_hooks(weight: nn.Parameter) -> list[int]:
@@ -311,13 +321,13 @@ def _not_missing(leaf: str, module: nn.Module, state_dict: dict, prefix: str, *_
 def _refresh(name: str, module: nn.Module, incompatible_keys: object) -> None:
     """Loaded weights become the leaf's values; a finer master value that rounds to the loaded weight stays."""
     bind(module, name)  # assign=True brings a new weight, without hooks
-    chosen = _describe(module, name, name)
+    chosen = _describe(module, name)
     loaded, values = chosen.pattern.gather(chosen.weight.detach()), chosen.values.data
     values.copy_(torch.where(values.to(loaded.dtype) == loaded, values, loaded.to(values.dtype)))
 
 
 def _write(module: nn.Module, name: str) -> None:
-    chosen = _describe(module, name, name)
+    chosen = _describe(module, name)
     with torch.no_grad():
         scatter_delta_(chosen.weight, chosen.values, chosen.pattern, "copy")
 

@@ -112,7 +112,7 @@ class SparseAdamW(Optimizer):
             raise ValueError(f"decay_to must be 'pretrained' or 'zero', got {group['decay_to']!r}")
         if not self._drop_in:
             for p in group["params"]:
-                if self._selected(p) is None:
+                if self._find(p) is None:
                     raise ValueError(
                         f"params: a parameter of shape {tuple(p.shape)} has no selected entries; sparsify the model "
                         "first and pass the model or sparseft.parameters(model), or give density= (drop-in door)"
@@ -143,7 +143,9 @@ class SparseAdamW(Optimizer):
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
-        raise TypeError("a SparseAdamW is bound to its model's tensors and cannot be copied or pickled; use state_dict()")
+        raise TypeError(
+            "a SparseAdamW is bound to its model's tensors and cannot be copied or pickled; use state_dict()"
+        )
 
     def _clear(self) -> None:
         for leaf in self._chosen:  # drop-in door: the model's own zero_grad does not reach these leaves
@@ -163,7 +165,7 @@ class SparseAdamW(Optimizer):
         state = super().state_dict()
         leaves = [leaf for group in self.param_groups for leaf in group["params"]]
         state["sparse"] = {number: _pack_leaf(self._selected(leaf), self._position(leaf), self.state.get(leaf, {}))
-                           for number, leaf in enumerate(leaves) if self._selected(leaf) is not None}  # fmt: skip
+                           for number, leaf in enumerate(leaves) if self._find(leaf) is not None}  # fmt: skip
         state["state"] = {number: {key: value for key, value in per_leaf.items() if key != "born"}
                           for number, per_leaf in state["state"].items()}  # fmt: skip
         return state
@@ -179,10 +181,12 @@ class SparseAdamW(Optimizer):
             raise ValueError("state_dict has no 'sparse' part: it is not from a SparseAdamW")
         saved: dict[int, dict[str, Any]] = state_dict["sparse"]
         if self._waiting is not None and saved:
-            self._restore_selection(saved, [len(group["params"]) for group in state_dict["param_groups"]])
+            self._restore_selection(
+                self._waiting, saved, [len(group["params"]) for group in state_dict["param_groups"]]
+            )
         leaves = [leaf for group in self.param_groups for leaf in group["params"]]
         for number, entry in saved.items():
-            chosen = self._selected(leaves[number]) if number < len(leaves) else None
+            chosen = self._find(leaves[number]) if number < len(leaves) else None
             if chosen is None or chosen.pattern.digest != entry["digest"]:
                 raise ValueError(f"state_dict: leaf {number} was saved for another pattern than this optimizer's")
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "sparse"})
@@ -199,8 +203,14 @@ class SparseAdamW(Optimizer):
                     self.state[leaf]["born"] = entry["born"].to(leaf.device, torch.int32)
         self._arenas = []
 
-    def _selected(self, leaf: nn.Parameter) -> Selected | None:
+    def _find(self, leaf: nn.Parameter) -> Selected | None:
         return self._chosen.get(leaf) or owner(leaf)
+
+    def _selected(self, leaf: nn.Parameter) -> Selected:
+        chosen = self._find(leaf)
+        if chosen is None:
+            raise RuntimeError("a parameter of this optimizer is no longer part of a sparsified model (densify?)")
+        return chosen
 
     def _position(self, leaf: nn.Parameter) -> int | None:
         """Drop-in door: which of the parameters given to the constructor the leaf belongs to."""
@@ -239,20 +249,22 @@ class SparseAdamW(Optimizer):
             self._chosen[entry.values] = entry
             self._numbers[entry.values] = number
 
-    def _restore_selection(self, saved: dict[int, dict[str, Any]], sizes: list[int]) -> None:
+    def _restore_selection(self, waiting: FirstBackward, saved: dict[int, dict[str, Any]], sizes: list[int]) -> None:
         patterns: dict[int, tuple[Pattern, Tensor]] = {}
-        weights = self._waiting.weights
+        weights = waiting.weights
         for entry in saved.values():
             tensors = entry["pattern"]
             pattern = Pattern(tuple(tensors["shape"]), tuple(tensors["tile"]), *(tensors[name] for name in TENSORS))
             number = entry["number"]
             if number is None or number >= len(weights) or pattern.shape != matrix_shape(weights[number][1].shape):
-                raise ValueError(f"state_dict: its parameter {number} of shape {pattern.shape} is none of this optimizer's")
+                raise ValueError(
+                    f"state_dict: its parameter {number} of shape {pattern.shape} is none of this optimizer's"
+                )
             patterns[number] = pattern.validate(), entry["base"]
         mine = [sum(weights[number][0] == group for number in patterns) for group in range(len(self.param_groups))]
         if sizes != mine:
             raise ValueError(f"state_dict: param groups of {sizes} leaves, for this optimizer expected {mine}")
-        self._waiting.restore(patterns)
+        waiting.restore(patterns)
 
 
 class _Arena:
@@ -309,7 +321,11 @@ class _Arena:
 
     def nonfinite(self) -> Tensor:
         """0-dim fp32: 1 if a collected gradient is NaN or Inf."""
-        return torch.stack([~torch.isfinite(leaf.grad).all() for leaf in self.leaves if leaf.grad is not None]).any().float()
+        return (
+            torch.stack([~torch.isfinite(leaf.grad).all() for leaf in self.leaves if leaf.grad is not None])
+            .any()
+            .float()
+        )
 
     def step(self, tiles: Tensor, found_inf: Tensor) -> None:
         group = self.group
@@ -338,7 +354,9 @@ def _as_params(params: Any, include: Any, exclude: Any, drop_in: bool) -> list[A
     if include is not None or exclude is not None:
         raise ValueError("include / exclude go by name: pass the model as params")
     if isinstance(params, Tensor):
-        raise TypeError(f"params must be a model or an iterable of parameters, got a tensor of shape {tuple(params.shape)}")
+        raise TypeError(
+            f"params must be a model or an iterable of parameters, got a tensor of shape {tuple(params.shape)}"
+        )
     given = list(params)
     if given and isinstance(given[0], dict):
         return [{**group, "params": _trainable(group["params"], drop_in)} for group in given]

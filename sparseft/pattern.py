@@ -190,7 +190,8 @@ class Pattern:
         owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
         r, c = row0[owner] + position // self.tile[1], col0[owner] + position % self.tile[1]
         bad = (position >= self.tile[0] * self.tile[1]) | (r >= len(self.rows)) | (c >= len(self.cols))
-        _first_bad("Pattern.local", bad, position, f"a position inside tile {self.tile} and the active rows and columns")
+        inside = f"a position inside tile {self.tile} and the active rows and columns"
+        _first_bad("Pattern.local", bad, position, inside)
         falls = (owner[1:] == owner[:-1]) & (position[1:] <= position[:-1])
         _first_bad("Pattern.local", falls, position[1:], "ascending positions inside a tile")
 

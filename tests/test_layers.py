@@ -574,3 +574,18 @@ def test_a_tied_weights_second_name_is_refused():
     with pytest.raises(ValueError, match="first name"):
         sparsify(model, {"3.weight": pattern_for(model[3].weight)})
     assert selected(model) == {} and all(p.requires_grad for p in model.parameters())
+
+
+def test_weight_and_bias_of_one_linear_train_together():
+    plain, x = nn.Linear(9, 7), torch.randn(5, 9)
+    sparse = copy.deepcopy(plain)
+    masks = {"weight": torch.rand(7, 9) < 0.3, "bias": torch.tensor([True, False] * 3 + [True])}
+    sparsify(sparse, {name: Pattern.from_mask(mask, tile=(4, 4)) for name, mask in masks.items()})
+    for layer in (plain, sparse):
+        layer(x).square().sum().backward()
+    for name, chosen in selected(sparse).items():
+        dense = plain.get_parameter(name).grad
+        torch.testing.assert_close(chosen.values.grad, chosen.pattern.gather(dense), rtol=1e-5, atol=1e-5)
+        assert chosen.weight.grad is None
+    densify(sparse)
+    assert type(sparse) is nn.Linear and set(sparse.state_dict()) == {"weight", "bias"}

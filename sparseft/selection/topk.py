@@ -28,7 +28,7 @@ class StreamingTopK(Generic[Key]):
             raise ValueError(f"k must not be negative, got {k}")
         self.k = k
         self._rank = None if order is None else {key: rank for rank, key in enumerate(order)}
-        self._kept: dict[Key, tuple[Tensor, Tensor, Tensor]] = {}  # key -> (|scores|, ascending flat positions, payload)
+        self._kept: dict[Key, tuple[Tensor, Tensor, Tensor]] = {}  # key -> |scores|, ascending positions, scores
         self._least: Tensor | None = None  # the k-th best score so far, once there are k
 
     def add(self, key: Key, score: Tensor, other: Tensor | None = None) -> None:
