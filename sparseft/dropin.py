@@ -1,6 +1,7 @@
 """The drop-in door of SparseAdamW: the first backward selects, every backward gathers and frees."""
 
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from types import FrameType
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from sparseft.layers import Selected, gather_grad_, leaf_of
-from sparseft.pattern import Pattern, matrix_shape
+from sparseft.pattern import Pattern, check_tile, matrix_shape
 from sparseft.selection import StreamingTopK
 from sparseft.selection.gradients import is_finite
 
@@ -48,8 +49,17 @@ class FirstBackward:
         self._start_over()
         if not any(top.k for top in self.tops):
             raise ValueError(f"density {density} selects no entry")
+        check_tile(tile)
+        if _processes() > 1:
+            raise ValueError("density: the drop-in door selects from one process's gradient; for data parallel training "
+                             "sparsify the model with the same patterns everywhere, then wrap it")  # fmt: skip
+        for _, p in weights:
+            if not p.is_contiguous() or not p.is_floating_point() or p.numel() == 0:
+                raise ValueError("params: a parameter to select from must be contiguous, floating point and not empty, "
+                                 f"got {p.dtype}, shape {tuple(p.shape)}, strides {p.stride()}")  # fmt: skip
         if any(_hooked(p) for _, p in weights):
             raise ValueError("params: a parameter serves another sparseft optimizer or a sparsified model already")
+        self.lock = threading.Lock()  # autograd runs one thread per device
         self.backward: int | None = None  # the one that is selecting
         self.handles = [
             parameter.register_post_accumulate_grad_hook(partial(self._take, position))
@@ -67,10 +77,13 @@ class FirstBackward:
             self._start_over()
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         grad, parameter.grad = parameter.grad, None
-        if not is_finite(grad):
-            self.nonfinite = position
-        else:
-            self.tops[position].add(position, grad, parameter if self.criterion == "taylor" else None)
+        if grad.is_sparse:
+            raise TypeError("sparse gradients are not supported: give the embedding sparse=False")
+        with self.lock:
+            if not is_finite(grad):
+                self.nonfinite = position
+            else:
+                self.tops[position].add(position, grad, parameter if self.criterion == "taylor" else None)
 
     def _start_over(self) -> None:
         """One top-k for each parameter: its own, or one that all share."""
@@ -123,6 +136,8 @@ class FirstBackward:
         for i, (_, parameter) in enumerate(self.weights):
             pattern, base = patterns.get(i, (None, None))
             if pattern is None or len(pattern) == 0:
+                if not parameter.requires_grad:
+                    continue
                 parameter.register_post_accumulate_grad_hook(_free)
                 continue
             pattern = pattern.to(parameter.device)
@@ -139,6 +154,11 @@ def free_others(model: nn.Module, weights: list[nn.Parameter]) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and id(parameter) not in taking_part:
             parameter.register_post_accumulate_grad_hook(_free)
+
+
+def _processes() -> int:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
 
 
 def _gather(chosen: Selected, parameter: nn.Parameter) -> None:

@@ -1,20 +1,19 @@
 """SparseAdamW: AdamW whose parameters are the selected entries, with two doors (see the class)."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparseft.arena import Arena
 from sparseft.dropin import FirstBackward, free_others
 from sparseft.layers import Selected, owner, selected
-from sparseft.ops import scatter_delta_, sparse_adamw_
-from sparseft.pattern import TENSORS, Pattern, matrix_shape, pack
-from sparseft.reference import LAYER
+from sparseft.ops import scatter_delta_
+from sparseft.pattern import TENSORS, Pattern, matrix_shape
 from sparseft.selection import eligible
-
-STATE = ("exp_avg", "exp_avg_sq")
 
 
 class SparseAdamW(Optimizer):
@@ -47,6 +46,9 @@ class SparseAdamW(Optimizer):
     """
 
     writes_weights = True  # no write-back hook needed after its step
+    # GradScaler then calls `step` also after an overflow, with the attributes `grad_scale` and `found_inf`: a skipped
+    # step is counted, and the drop-in door's gradients are cleared
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -72,7 +74,7 @@ class SparseAdamW(Optimizer):
             raise ValueError(f"density must lie in (0, 1], got {density}")
         self.on_nonfinite = on_nonfinite
         self._skipped = torch.zeros((), dtype=torch.int64)
-        self._arenas: list[_Arena] = []
+        self._arenas: list[Arena] = []
         self._chosen: dict[nn.Parameter, Selected] = {}  # drop-in door: leaf -> its weight
         self._waiting: FirstBackward | None = None
         self._drop_in = density is not None
@@ -100,11 +102,12 @@ class SparseAdamW(Optimizer):
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        if not float(group["lr"]) >= 0:
-            raise ValueError(f"lr must be >= 0, got {group['lr']}")
-        for name, beta in zip(("betas[0]", "betas[1]"), group["betas"], strict=True):
-            if not 0 <= beta < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {beta}")
+        lr = group["lr"]
+        if (isinstance(lr, Tensor) and lr.numel() != 1) or not float(lr) >= 0:
+            raise ValueError(f"lr must be one number >= 0, got {lr}")
+        betas = group["betas"]
+        if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
         for name in ("eps", "weight_decay"):
             if not group[name] >= 0:
                 raise ValueError(f"{name} must be >= 0, got {group[name]}")
@@ -117,6 +120,12 @@ class SparseAdamW(Optimizer):
                         f"params: a parameter of shape {tuple(p.shape)} has no selected entries; sparsify the model "
                         "first and pass the model or sparseft.parameters(model), or give density= (drop-in door)"
                     )
+
+    def selected(self, model: nn.Module) -> dict[str, Selected]:
+        """The selected weights that this optimizer trains, by their names in `model`, in its order."""
+        mine = [self._find(leaf) for group in self.param_groups for leaf in group["params"]]
+        by_weight = {chosen.weight: chosen for chosen in mine if chosen is not None}
+        return {name: replace(by_weight[p], name=name) for name, p in model.named_parameters() if p in by_weight}
 
     @property
     def skipped_steps(self) -> int:
@@ -131,14 +140,20 @@ class SparseAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._waiting is not None and self._waiting.found_nonfinite():
-            self._skip(True)
+            self._skip(True, expected=hasattr(self, "found_inf"))
         work = [(arena, tiles) for arena in self._current_arenas() if (tiles := arena.collect()) is not None]
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        overflow: Tensor | None = getattr(self, "found_inf", None)
         bad = [arena.nonfinite() for arena, _ in work]
         if bad:
             found = torch.stack([b.to(bad[0].device) for b in bad]).amax()
-            self._skip(found)
+            if overflow is not None:
+                found = torch.maximum(found, overflow.to(found))
+            self._skip(found, expected=overflow is not None)
             for arena, tiles in work:
-                arena.step(tiles, found.to(arena.grad.device))
+                device = arena.grad.device
+                factor = None if scale is None else scale.reciprocal().to(device, torch.float32)
+                arena.step(tiles, found.to(device), factor)
         self._clear()
         return loss
 
@@ -151,8 +166,9 @@ class SparseAdamW(Optimizer):
         for leaf in self._chosen:  # drop-in door: the model's own zero_grad does not reach these leaves
             leaf.grad = None
 
-    def _skip(self, found: Tensor | bool) -> None:
-        if self.on_nonfinite == "raise" and bool(found):
+    def _skip(self, found: Tensor | bool, expected: bool) -> None:
+        """Count a step that is left out, or raise; a GradScaler's overflows are expected."""
+        if self.on_nonfinite == "raise" and not expected and bool(found):
             self._clear()
             raise FloatingPointError("a gradient is NaN or Inf; no weight was changed")
         found = torch.as_tensor(found)
@@ -216,7 +232,7 @@ class SparseAdamW(Optimizer):
         """Drop-in door: which of the parameters given to the constructor the leaf belongs to."""
         return self._numbers.get(leaf) if self._drop_in else None
 
-    def _current_arenas(self) -> list["_Arena"]:
+    def _current_arenas(self) -> list[Arena]:
         """The arenas, rebuilt where leaves were added, moved or loaded since the last step."""
         if self._waiting is not None:
             return []
@@ -226,7 +242,7 @@ class SparseAdamW(Optimizer):
             self._arenas = self._build_arenas()
         return self._arenas
 
-    def _build_arenas(self) -> list["_Arena"]:
+    def _build_arenas(self) -> list[Arena]:
         arenas = []
         for group in self.param_groups:
             buckets: dict[tuple, list[Selected]] = {}
@@ -234,7 +250,7 @@ class SparseAdamW(Optimizer):
                 chosen = self._selected(leaf)
                 key = (chosen.weight.device, chosen.weight.dtype, chosen.pattern.tile)
                 buckets.setdefault(key, []).append(chosen)
-            arenas += [_Arena(group, chosen, self.state) for chosen in buckets.values()]
+            arenas += [Arena(group, chosen, self.state) for chosen in buckets.values()]
         return arenas
 
     def _adopt(self, chosen: list[tuple[int, int, Selected]]) -> None:
@@ -265,79 +281,6 @@ class SparseAdamW(Optimizer):
         if sizes != mine:
             raise ValueError(f"state_dict: param groups of {sizes} leaves, for this optimizer expected {mine}")
         waiting.restore(patterns)
-
-
-class _Arena:
-    """The flat buffers of one param group's leaves (one device, dtype and tile shape); a leaf is a slice."""
-
-    def __init__(self, group: dict[str, Any], chosen: list[Selected], state: dict[nn.Parameter, dict[str, Any]]):
-        self.group, self.leaves = group, [c.values for c in chosen]
-        self.weights = [c.weight for c in chosen]
-        self.layout = pack([c.pattern for c in chosen])
-        self.base = torch.cat([c.base for c in chosen])
-        self.values = torch.cat([leaf.detach() for leaf in self.leaves])
-        self.values = self.values.to(torch.promote_types(self.weights[0].dtype, torch.float32))  # after model.to(bf16)
-        self.grad = torch.zeros_like(self.values)
-        self.buffers = {name: _joined(self.leaves, state, name, self.values.dtype) for name in STATE}
-        zero = torch.zeros((), dtype=torch.int64)
-        self.steps = torch.stack([state[leaf].get("step", zero).to(leaf.device) for leaf in self.leaves])
-        aged = any("born" in state[leaf] for leaf in self.leaves)
-        self.born = _joined(self.leaves, state, "born", torch.int32) if aged else None
-        self._tiles: dict[tuple[bool, ...], Tensor] = {}
-        self._attach(state)
-
-    def _attach(self, state: dict[nn.Parameter, dict[str, Any]]) -> None:
-        self._addresses = []
-        start = 0
-        for number, leaf in enumerate(self.leaves):
-            part = slice(start, start + len(leaf))
-            leaf.data = self.values[part]
-            state[leaf]["step"] = self.steps[number]
-            for name, buffer in self.buffers.items():
-                state[leaf][name] = buffer[part]
-            if self.born is not None:
-                state[leaf]["born"] = self.born[part]
-            self._addresses.append((leaf.data_ptr(), self.weights[number].data_ptr()))
-            start = part.stop
-
-    def attached(self) -> bool:
-        """Whether every leaf and weight still lies where the arena put or found it."""
-        now = [(leaf.data_ptr(), weight.data_ptr()) for leaf, weight in zip(self.leaves, self.weights, strict=True)]
-        return now == self._addresses
-
-    def collect(self) -> Tensor | None:
-        """Copy the leaves' gradients in; the worklist of the layers that have one, None if none has."""
-        have = tuple(leaf.grad is not None for leaf in self.leaves)
-        if not any(have):
-            return None
-        parts = self.grad.split([len(leaf) for leaf in self.leaves])
-        pairs = [(part, leaf.grad) for part, leaf in zip(parts, self.leaves, strict=True) if leaf.grad is not None]
-        torch._foreach_copy_([part for part, _ in pairs], [grad for _, grad in pairs])
-        if have not in self._tiles:
-            mask = torch.tensor(have, device=self.layout.tiles.device)
-            self._tiles = {have: self.layout.tiles[mask[self.layout.tiles[:, LAYER]]]}
-        self._having = torch.tensor(have, device=self.steps.device)
-        return self._tiles[have]
-
-    def nonfinite(self) -> Tensor:
-        """0-dim fp32: 1 if a collected gradient is NaN or Inf."""
-        return (
-            torch.stack([~torch.isfinite(leaf.grad).all() for leaf in self.leaves if leaf.grad is not None])
-            .any()
-            .float()
-        )
-
-    def step(self, tiles: Tensor, found_inf: Tensor) -> None:
-        group = self.group
-        self.steps += self._having * (found_inf == 0)
-        lr = group["lr"] if isinstance(group["lr"], Tensor) else torch.tensor(group["lr"], dtype=torch.float64)
-        sparse_adamw_(
-            self.weights, self.values, self.grad, self.buffers["exp_avg"], self.buffers["exp_avg_sq"],
-            self.layout._replace(tiles=tiles),
-            step=self.steps, lr=lr, betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
-            base=self.base if group["decay_to"] == "pretrained" else None, born=self.born,
-            maximize=group["maximize"], found_inf=found_inf,
-        )  # fmt: skip
 
 
 def _as_params(params: Any, include: Any, exclude: Any, drop_in: bool) -> list[Any]:
@@ -375,14 +318,6 @@ def _some(kept: list[Any]) -> list[Any]:
     if not kept:
         raise ValueError("params: no parameter is left to train")
     return kept
-
-
-def _joined(
-    leaves: list[nn.Parameter], state: dict[nn.Parameter, dict[str, Any]], name: str, dtype: torch.dtype
-) -> Tensor:
-    """One flat buffer of the leaves' states, zeros where a leaf has none yet."""
-    parts = [state[leaf].get(name, torch.zeros_like(leaf, dtype=dtype)) for leaf in leaves]
-    return torch.cat([part.detach().to(leaf.device, dtype) for part, leaf in zip(parts, leaves, strict=True)])
 
 
 def _pack_leaf(chosen: Selected, number: int | None, state: dict[str, Any]) -> dict[str, Any]:

@@ -80,6 +80,10 @@ class Pattern:
         if len(indices) and not (0 <= int(indices.min()) and int(indices.max()) < rows_n * cols_n):
             bad = indices[(indices < 0) | (indices >= rows_n * cols_n)][0]
             raise ValueError(f"indices must lie in [0, {rows_n * cols_n}) for shape {tuple(shape)}, got {int(bad)}")
+        if mass is not None and mass.shape != indices.shape:
+            raise ValueError(
+                f"mass must have one value per index, shape {tuple(indices.shape)}, got {tuple(mass.shape)}"
+            )
         row, col = indices // cols_n, indices % cols_n
         weight = torch.ones(len(indices), device=indices.device) if mass is None else mass
         row_order = _by_mass(row, weight, rows_n) if row_order is None else row_order
@@ -113,6 +117,8 @@ class Pattern:
         """Build from a boolean mask of the weight's shape; `mass` (same shape) orders rows and columns."""
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be a bool tensor, got {mask.dtype}")
+        if mass is not None and mass.shape != mask.shape:
+            raise ValueError(f"mass must have the mask's shape {tuple(mask.shape)}, got {tuple(mass.shape)}")
         indices = mask.reshape(-1).nonzero().squeeze(1)
         picked = None if mass is None else mass.reshape(-1)[indices]
         return cls.from_indices(indices, mask.shape, tile=tile, mass=picked)
@@ -143,7 +149,9 @@ class Pattern:
         return mask.view(self.shape)
 
     def gather(self, weight: Tensor) -> Tensor:
-        """[k], a copy: the selected entries of a tensor with the weight's shape."""
+        """[k], a copy: the selected entries of a tensor with the weight's shape (ValueError for another shape)."""
+        if matrix_shape(weight.shape) != self.shape:
+            raise ValueError(f"weight must have shape {self.shape}, got {tuple(weight.shape)}")
         return weight.reshape(-1)[self.indices()]
 
     def to(self, device: torch.device | str) -> "Pattern":
@@ -276,8 +284,9 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def check_tile(tile: Sequence[int]) -> None:
-    if len(tile) != 2 or min(tile) < 1 or tile[0] * tile[1] > MAX_TILE:
-        raise ValueError(f"tile must be two positive sizes with at most {MAX_TILE} positions, got {tuple(tile)}")
+    sizes = isinstance(tile, Sequence) and len(tile) == 2 and all(type(size) is int for size in tile)
+    if not sizes or min(tile) < 1 or tile[0] * tile[1] > MAX_TILE:
+        raise ValueError(f"tile must be two positive sizes with at most {MAX_TILE} positions, got {tile!r}")
 
 
 def _by_mass(index: Tensor, mass: Tensor, size: int) -> Tensor:

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from sparseft import cli, finetune
+from sparseft.data import IGNORE, Encoder
+from sparseft.evaluation import continuations
 from sparseft.trainer import SparseTrainingArguments
 
 from .tiny import PAIRS, llama, tokenizer, write_jsonl
@@ -104,6 +106,24 @@ def test_apply_and_revert_are_exact_and_leave_a_plain_model(start, tmp_path):
     call("apply", delta, made, "--in-place")
     assert_same(weights(made), after)
     assert list(tmp_path.iterdir()) == [made]
+
+
+def test_rehearsal_adds_the_models_own_answers(start):
+    rows = [{"prompt": "Why?"}, {"question": "a"}]
+    questions = write_jsonl(start / "questions.jsonl", rows)
+    model, t = llama(dtype=torch.bfloat16), tokenizer()
+    own = finetune.rehearsal(model, Encoder(t), rows, 5)
+    for item, prompt in zip(own, ("<user>Why?<eos>\n<assistant>", "Question: a\nAnswer:"), strict=True):
+        length = len(t(prompt).input_ids)
+        assert t.decode(item["input_ids"][:length]) == prompt
+        assert item["labels"] == [IGNORE] * length + item["input_ids"][length:]
+        assert 1 <= len(item["input_ids"]) - length <= 5
+        assert continuations(model, t, [item["input_ids"][:length]], 5) == [item["input_ids"][length:]]
+    output = call(*train(start, "--rehearse", questions, name="rehearsed"))
+    assert "2 of the model's own answers" in output
+    assert "broken.jsonl, line 2" in error(
+        *train(start, "--rehearse", write_jsonl(start / "broken.jsonl", [*rows[:1], {"text": "a"}]), name="bad")
+    )
 
 
 def test_inspect_shows_the_change_and_its_making(start):

@@ -45,15 +45,19 @@ class StreamingTopK(Generic[Key]):
             raise ValueError(f"key must be {'one of order' if key not in self._kept else 'a new one'}, got {key!r}")
         if other is not None and other.shape != score.shape:
             raise ValueError(f"other must have score's shape {tuple(score.shape)}, got {tuple(other.shape)}")
-        signed = score.detach().reshape(-1).to(torch.promote_types(score.dtype, torch.float32))
-        scores = signed.abs() if other is None else (signed * other.detach().reshape(-1)).abs()
-        if len(scores) > self.k:
-            position = select_topk(scores, self.k)
-        elif self._least is None:
-            position = torch.arange(len(scores), device=scores.device)
+        flat = score.detach().reshape(-1)
+        second = [] if other is None else [other.detach().reshape(-1).to(flat.dtype)]
+        if len(flat) > self.k:
+            position = select_topk(flat, self.k, "product" if second else "abs", second)
         else:
-            position = (scores >= self._least.to(scores.device)).nonzero().squeeze(1)
-        self._kept[key] = (scores[position], position, signed[position])
+            position = torch.arange(len(flat), device=flat.device)
+        wide = torch.promote_types(flat.dtype, torch.float32)
+        signed = flat[position].to(wide)
+        scores = signed.abs() if not second else (signed * second[0][position].to(wide)).abs()
+        if self._least is not None:
+            hopeful = scores >= self._least.to(scores.device)
+            scores, position, signed = scores[hopeful], position[hopeful], signed[hopeful]
+        self._kept[key] = (scores, position, signed)
         if sum(len(s) for s, *_ in self._kept.values()) > 2 * self.k:
             self._prune()
 
