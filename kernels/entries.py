@@ -1,0 +1,75 @@
+"""Where each entry of an arena lives: what scatter_delta and sparse_adamw share.
+
+Both walk the arena in chunks of CHUNK entries, whatever the sizes of the tiles: programs are balanced, and values
+and moments move in 128-bit accesses. To find its weights, a chunk sweeps the few tiles that cross it.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparseft.kernels.launch import Remembered
+from sparseft.reference import ENTRY0, ENTRY1
+
+CHUNK = 1024
+
+
+class Plan(NamedTuple):
+    """A worklist, prepared for walking its entries in order."""
+
+    tiles: Tensor  # int64 [n, 5], by ascending entry
+    spans: Tensor  # int32 [chunks, 2], the first tile that crosses a chunk and the one after the last
+    complete: bool  # every entry has its tile: nothing to mask but the end
+
+
+def _plan(tiles: Tensor, count: int) -> Plan:
+    tiles = tiles[tiles[:, ENTRY0].argsort()]
+    starts = torch.arange(0, count, CHUNK, device=tiles.device)
+    first = torch.searchsorted(tiles[:, ENTRY1].contiguous(), starts, right=True)
+    last = torch.searchsorted(tiles[:, ENTRY0].contiguous(), starts + CHUNK)
+    complete = int((tiles[:, ENTRY1] - tiles[:, ENTRY0]).sum()) == count
+    return Plan(tiles, torch.stack([first, last], 1).to(torch.int32), complete)
+
+
+plan = Remembered(_plan)  # one host sync per worklist
+
+
+def address_table(weights: list[Tensor]) -> Tensor:
+    """int64 [layers, 2] on the device: each weight's distance from the first one, in elements, and its row stride.
+
+    It depends on nothing but the addresses, by which it is remembered: a captured CUDA graph may keep using it.
+    """
+    size = weights[0].element_size()
+    origin = weights[0].data_ptr()
+    table = tuple(((w.data_ptr() - origin) // size, w.stride(0)) for w in weights)
+    return _on_device(table, weights[0].device)
+
+
+@cache
+def _on_device(table: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    return torch.tensor(table, dtype=torch.int64, device=device)
+
+
+@triton.jit
+def locate(entry, position, chunk, tiles, spans, table, rows, cols, TILE_COLS: tl.constexpr):
+    """Layer, offset (elements from the first weight) and presence in the worklist of each entry of a chunk."""
+    held = entry < 0  # [CHUNK], nothing yet
+    layer = tl.zeros_like(position)
+    row = tl.zeros_like(position)
+    col = tl.zeros_like(position)
+    for number in range(tl.load(spans + 2 * chunk), tl.load(spans + 2 * chunk + 1)):
+        tile = tiles + 5 * number
+        inside = (entry >= tl.load(tile + 3)) & (entry < tl.load(tile + 4))
+        layer = tl.where(inside, tl.load(tile).to(tl.int32), layer)
+        row = tl.where(inside, tl.load(tile + 1).to(tl.int32), row)
+        col = tl.where(inside, tl.load(tile + 2).to(tl.int32), col)
+        held |= inside
+    row = tl.load(rows + row + position // TILE_COLS, mask=held, other=0)
+    col = tl.load(cols + col + position % TILE_COLS, mask=held, other=0)
+    start = tl.load(table + 2 * layer, mask=held, other=0)
+    stride = tl.load(table + 2 * layer + 1, mask=held, other=0)
+    return layer, start + row * stride + col, held
