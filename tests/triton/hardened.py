@@ -178,7 +178,9 @@ class Grid(interpreter.GridExecutor):
         arguments = dict(zip(names, args, strict=False)) | kwargs
         _memory = Memory(self.fn.__name__, arguments)
         types = inspect.get_annotations(self.fn)
-        super().__call__(**{n: _scalar(x, types.get(n)) if type(x) is float else x for n, x in arguments.items()})
+        arguments = {n: _scalar(x, types.get(n)) if type(x) is float else x for n, x in arguments.items()}
+        with np.errstate(all="ignore"):
+            super().__call__(**arguments)
         _memory.check_races()
         if _recorded is not None:
             launch = Launch(self.fn.__name__, int(np.prod(interpreter.interpreter_builder.grid_dim)))
