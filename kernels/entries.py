@@ -1,7 +1,7 @@
 """Where each entry of an arena lives: what scatter_delta and sparse_adamw share.
 
 Both walk the arena in chunks of CHUNK entries, whatever the sizes of the tiles: programs are balanced, and values
-and moments move in 128-bit accesses. To find its weights, a chunk sweeps the few tiles that cross it.
+and moments move in 128-bit accesses. Each entry finds its tile among the few that cross its chunk by bisection.
 """
 
 from functools import cache
@@ -23,6 +23,7 @@ class Plan(NamedTuple):
 
     tiles: Tensor  # int64 [n, 5], by ascending entry
     spans: Tensor  # int32 [chunks, 2], the first tile that crosses a chunk and the one after the last
+    reach: int  # the bisection's first step: a power of two; twice it covers the tiles of any chunk
     complete: bool  # every entry has its tile: nothing to mask but the end
 
 
@@ -31,8 +32,9 @@ def _plan(tiles: Tensor, count: int) -> Plan:
     starts = torch.arange(0, count, CHUNK, device=tiles.device)
     first = torch.searchsorted(tiles[:, ENTRY1].contiguous(), starts, right=True)
     last = torch.searchsorted(tiles[:, ENTRY0].contiguous(), starts + CHUNK)
-    complete = int((tiles[:, ENTRY1] - tiles[:, ENTRY0]).sum()) == count
-    return Plan(tiles, torch.stack([first, last], 1).to(torch.int32), complete)
+    held = (tiles[:, ENTRY1] - tiles[:, ENTRY0]).sum()
+    most, held = torch.stack([(last - first).max(), held]).tolist()
+    return Plan(tiles, torch.stack([first, last], 1).to(torch.int32), triton.next_power_of_2(most) // 2, held == count)
 
 
 plan = Remembered(_plan)  # one host sync per worklist
@@ -55,21 +57,25 @@ def _on_device(table: tuple[tuple[int, int], ...], device: torch.device) -> Tens
 
 
 @triton.jit
-def locate(entry, position, chunk, tiles, spans, table, rows, cols, TILE_COLS: tl.constexpr):
+def locate(entry, position, chunk, tiles, spans, reach, table, rows, cols, TILE_COLS: tl.constexpr):
     """Layer, offset (elements from the first weight) and presence in the worklist of each entry of a chunk."""
-    held = entry < 0  # [CHUNK], nothing yet
-    layer = tl.zeros_like(position)
-    row = tl.zeros_like(position)
-    col = tl.zeros_like(position)
-    for number in range(tl.load(spans + 2 * chunk), tl.load(spans + 2 * chunk + 1)):
-        tile = tiles + 5 * number
-        inside = (entry >= tl.load(tile + 3)) & (entry < tl.load(tile + 4))
-        layer = tl.where(inside, tl.load(tile).to(tl.int32), layer)
-        row = tl.where(inside, tl.load(tile + 1).to(tl.int32), row)
-        col = tl.where(inside, tl.load(tile + 2).to(tl.int32), col)
-        held |= inside
-    row = tl.load(rows + row + position // TILE_COLS, mask=held, other=0)
-    col = tl.load(cols + col + position % TILE_COLS, mask=held, other=0)
+    first = tl.load(spans + 2 * chunk)
+    end = tl.load(spans + 2 * chunk + 1)
+    tile = tl.zeros_like(position) + first  # [CHUNK]; the last one that begins at or before the entry
+    step = reach
+    while step > 0:
+        begin = tl.load(tiles + 5 * (tile + step) + 3, mask=tile + step < end, other=0x7FFFFFFFFFFFFFFF)
+        tile = tl.where(begin <= entry, tile + step, tile)
+        step = step // 2
+    record = tiles + 5 * tile
+    some = tile < end
+    held = entry < tl.load(record + 4, mask=some, other=0)
+    held &= entry >= tl.load(record + 3, mask=some, other=0)
+    layer = tl.load(record, mask=held, other=0)
+    row = tl.load(record + 1, mask=held, other=0) + position // TILE_COLS
+    col = tl.load(record + 2, mask=held, other=0) + position % TILE_COLS
+    row = tl.load(rows + row, mask=held, other=0)
+    col = tl.load(cols + col, mask=held, other=0)
     start = tl.load(table + 2 * layer, mask=held, other=0)
     stride = tl.load(table + 2 * layer + 1, mask=held, other=0)
     return layer, start + row * stride + col, held

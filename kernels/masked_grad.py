@@ -118,7 +118,7 @@ class Plan(NamedTuple):
     width_a: int  # of the compact copies, all layers
     width_b: int
     shifts: Tensor  # int64 [layers, 2] on the device: from ROW0 and COL0 to the place in the copies
-    aligned: tuple[bool, bool]  # ROW0 and COL0 themselves are multiples of ALIGNMENT
+    align: dict[bool, tuple[int, int]]  # what ROW0 and COL0 are multiples of, in compact copies (True) or as they are
 
 
 def _plan(tiles: Tensor, tile: tuple[int, int]) -> Plan:
@@ -133,8 +133,13 @@ def _plan(tiles: Tensor, tile: tuple[int, int]) -> Plan:
         shifts[layer] = torch.tensor([width_a - rows[0], width_b - cols[0]])
         width_a += triton.cdiv(rows[1] - rows[0], ALIGNMENT) * ALIGNMENT
         width_b += triton.cdiv(cols[1] - cols[0], ALIGNMENT) * ALIGNMENT
-    aligned = tuple(bool((table[:, at] % ALIGNMENT == 0).all()) for at in (ROW0, COL0))
-    return Plan(spans, width_a, width_b, shifts.to(tiles.device), aligned)
+    raw = table[:, [ROW0, COL0]]
+    align = {moved: tuple(_hint(start) for start in at.T) for moved, at in ((False, raw), (True, raw + shifts[table[:, LAYER]]))}
+    return Plan(spans, width_a, width_b, shifts.to(tiles.device), align)
+
+
+def _hint(starts: Tensor) -> int:
+    return ALIGNMENT if bool((starts % ALIGNMENT == 0).all()) else 1
 
 
 _plans = Remembered(_plan)
@@ -162,8 +167,7 @@ def masked_grad_(out, grad_out, input, rows, cols, tiles, local, tile, accumulat
             out, squares, a, b, tiles, local, plan.shifts, tiles.shape[0], a.shape[0], a.shape[1], b.shape[1],
             a.stride(0), b.stride(0), TILE_M=tile[0], TILE_N=tile[1],
             SHIFT_A=rows is not None, SHIFT_B=cols is not None,
-            ALIGN_A=ALIGNMENT if rows is not None or plan.aligned[0] else 1,
-            ALIGN_B=ALIGNMENT if cols is not None or plan.aligned[1] else 1,
+            ALIGN_A=plan.align[rows is not None][0], ALIGN_B=plan.align[cols is not None][1],
             ACCUMULATE=accumulate, PRECISION=precision(), **config,
         )  # fmt: skip
 

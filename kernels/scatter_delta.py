@@ -7,16 +7,16 @@ from sparseft.kernels.entries import CHUNK, address_table, locate, plan
 from sparseft.kernels.launch import on
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["reach"])
 def _scatter(
-    weight, values, table, rows, cols, tiles, spans, local, count, alpha: "fp64",
+    weight, values, table, rows, cols, tiles, spans, reach, local, count, alpha: "fp64",
     MODE: tl.constexpr, TILE_COLS: tl.constexpr, COMPLETE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
     entry = chunk.to(tl.int64) * CHUNK + tl.arange(0, CHUNK)  # [CHUNK]
     within = entry < count
     position = tl.load(local + entry, mask=within, other=0).to(tl.int32) & 0xFFFF
-    _, offset, held = locate(entry, position, chunk, tiles, spans, table, rows, cols, TILE_COLS)
+    _, offset, held = locate(entry, position, chunk, tiles, spans, reach, table, rows, cols, TILE_COLS)
     mask = within if COMPLETE else held
 
     value = tl.load(values + entry, mask=mask, other=0.0)
@@ -35,8 +35,8 @@ def scatter_delta_(weights, values, rows, cols, tiles, local, tile, mode, alpha)
     if count == 0 or tiles.shape[0] == 0:
         return
     with on(local.device):
-        ordered, spans, complete = plan(tiles, count)
+        ordered, spans, reach, complete = plan(tiles, count)
         _scatter[(spans.shape[0],)](
-            weights[0], values, address_table(weights), rows, cols, ordered, spans, local, count, alpha,
+            weights[0], values, address_table(weights), rows, cols, ordered, spans, reach, local, count, alpha,
             MODE=mode, TILE_COLS=tile[1], COMPLETE=complete, CHUNK=CHUNK,
         )  # fmt: skip

@@ -23,10 +23,10 @@ def _one_minus_power(log_beta, age):
     return tl.where(y > -0.5, -series, 1 - tl.exp(y))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["reach"])
 def _adamw(
-    weight, values, grad, exp_avg, exp_avg_sq, base, step, born, table, rows, cols, tiles, spans, local, count,
-    lr, beta1: "fp64", beta2: "fp64", log_beta1: "fp64", log_beta2: "fp64", eps: "fp64", weight_decay: "fp64",
+    weight, values, grad, exp_avg, exp_avg_sq, base, step, born, table, rows, cols, tiles, spans, reach, local,
+    count, lr, beta1: "fp64", beta2: "fp64", log_beta1: "fp64", log_beta2: "fp64", eps: "fp64", weight_decay: "fp64",
     grad_scale, found_inf,
     MAXIMIZE: tl.constexpr, TILE_COLS: tl.constexpr, COMPLETE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -38,7 +38,7 @@ def _adamw(
     entry = chunk.to(tl.int64) * CHUNK + tl.arange(0, CHUNK)  # [CHUNK]
     within = entry < count
     position = tl.load(local + entry, mask=within, other=0).to(tl.int32) & 0xFFFF
-    layer, offset, held = locate(entry, position, chunk, tiles, spans, table, rows, cols, TILE_COLS)
+    layer, offset, held = locate(entry, position, chunk, tiles, spans, reach, table, rows, cols, TILE_COLS)
     mask = within if COMPLETE else held
 
     age = tl.load(step + layer, mask=mask, other=1)
@@ -78,10 +78,10 @@ def sparse_adamw_(
     if count == 0 or tiles.shape[0] == 0:
         return
     with on(local.device):
-        ordered, spans, complete = plan(tiles, count)
+        ordered, spans, reach, complete = plan(tiles, count)
         _adamw[(spans.shape[0],)](
             weights[0], values, grad, exp_avg, exp_avg_sq, base, step, born, address_table(weights), rows, cols,
-            ordered, spans, local, count, lr.to(local.device), beta1, beta2, _log(beta1), _log(beta2), eps,
+            ordered, spans, reach, local, count, lr.to(local.device), beta1, beta2, _log(beta1), _log(beta2), eps,
             weight_decay, grad_scale, found_inf,
             MAXIMIZE=maximize, TILE_COLS=tile[1], COMPLETE=complete, CHUNK=CHUNK,
         )  # fmt: skip

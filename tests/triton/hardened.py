@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 
 import ml_dtypes
 import numpy as np
@@ -95,7 +96,6 @@ class Memory:
         named += [("reachable", t) for t in _reachable]
         spans = sorted((*_extent(t), name) for name, t in named if t.numel())
         self.kernel, self.program = kernel, 0
-        self.modules: set[str] = set()  # whose functions were called
         self.first = np.array([s[0] for s in spans], np.uint64)
         self.end = np.maximum.accumulate(np.array([s[1] for s in spans], np.uint64)) if spans else self.first
         self.names = [s[2] for s in spans]
@@ -191,15 +191,27 @@ class Grid(interpreter.GridExecutor):
 interpreter.GridExecutor = Grid
 
 
-def call(self, *args, **kwargs):
-    """A call inside a kernel. The stock one patches the language every time, at 3 ms; once per launch is enough."""
-    if self.fn.__module__ not in _memory.modules:
-        _memory.modules.add(self.fn.__module__)
-        interpreter._patch_lang(self.fn)
-    return self.rewrite()(*args, **kwargs)
+class Unpatched:
+    """Stands for what a launch would restore."""
+
+    def restore(self) -> None:
+        pass
 
 
-interpreter.InterpretedFunction.__call__ = call
+_patch_lang = interpreter._patch_lang
+_patched: set[str] = set()
+
+
+def patch_lang(function) -> Unpatched:
+    """Make the language that a kernel's module sees the interpreter's; once and for good: the stock code does it, at
+    3 ms, for every launch and for every call inside a kernel."""
+    if function.__module__ not in _patched:
+        _patched.add(function.__module__)
+        _patch_lang(function)
+    return Unpatched()
+
+
+interpreter._patch_lang = patch_lang
 
 
 def _scalar(value: float, annotation: str | None) -> tl.tensor:
@@ -272,8 +284,14 @@ _np_dtype, _cast, _convert = interpreter._get_np_dtype, Builder.cast_impl, Build
 _dot, _round = Builder.create_dot, interpreter._round_f32_to_tf32
 
 
+@cache  # the stock one builds a table at every call
+def _scalar_dtype(dtype) -> np.dtype:
+    return BF16 if dtype == tl.bfloat16 else _np_dtype(dtype)
+
+
 def get_np_dtype(dtype):
-    return BF16 if dtype.is_block() and dtype.element_ty == tl.bfloat16 or dtype == tl.bfloat16 else _np_dtype(dtype)
+    scalar = dtype.scalar
+    return np.dtype(np.uint64) if scalar.is_ptr() else _scalar_dtype(scalar)
 
 
 def cast_impl(self, source, dtype):
@@ -303,3 +321,4 @@ interpreter._get_np_dtype = get_np_dtype
 Builder.cast_impl, Builder.create_fp_to_fp, Builder.create_dot = cast_impl, create_fp_to_fp, create_dot
 Builder.create_fp_trunc = Builder.create_fp_ext = lambda self, source, dtype: self.cast_impl(source, dtype)
 Builder.get_bf16 = lambda self, value: TensorHandle(np.array([value], BF16), tl.bfloat16)
+
