@@ -167,8 +167,7 @@ class Pattern:
         for name, size in zip(("rows", "cols"), self.shape, strict=True):
             order = getattr(self, name)
             _first_bad(f"Pattern.{name}", (order < 0) | (order >= size), order, f"an index in [0, {size})")
-            repeated = torch.bincount(order.long(), minlength=size)[order.long()] > 1 if len(order) else order > 0
-            _first_bad(f"Pattern.{name}", repeated, order, "every index once")
+            _first_bad(f"Pattern.{name}", _repeats(order), order, "every index once")
         row0, col0, first, last = (self.tiles[:, i] for i in (ROW0, COL0, ENTRY0, ENTRY1))
         _first_bad("Pattern.tiles LAYER", self.tiles[:, LAYER] != 0, self.tiles[:, LAYER], "0")
         for name, start, step, size in (("ROW0", row0, self.tile[0], len(self.rows)),
@@ -289,6 +288,14 @@ def _place(index: Tensor, order: Tensor, size: int, name: str) -> Tensor:
     if bool((place < 0).any()):
         raise ValueError(f"{name} must hold every active index, {int(index[place < 0][0])} is missing")
     return place
+
+
+def _repeats(order: Tensor) -> Tensor:
+    """bool: which elements equal an earlier one."""
+    found, at = torch.sort(order, stable=True)
+    repeated = torch.zeros_like(order, dtype=torch.bool)
+    repeated[at[1:]] = found[1:] == found[:-1]
+    return repeated
 
 
 def _first_bad(what: str, bad: Tensor, values: Tensor, expected: str) -> None:

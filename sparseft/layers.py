@@ -1,0 +1,342 @@
+"""Layers whose weight gradient exists only at the selected entries.
+
+`sparsify` swaps the class of the chosen `nn.Linear` (and GPT-2 `Conv1D`) modules in place: same object, same
+`weight`, same state_dict. The weight stops requiring a gradient and always holds the current values, so the
+forward pass is the plain dense one; a new leaf `values` (fp32, one value per selected entry, not in the
+state_dict) takes its place for autograd, the optimizer, clipping and schedulers. Any other selected parameter
+(3-D experts, embeddings, tied weights) keeps its dense gradient for the moment in which it is gathered.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from sparseft.ops import scatter_delta_
+from sparseft.pattern import TENSORS, Pattern, matrix_shape
+
+
+@dataclass(frozen=True)
+class Selected:
+    """One sparsified weight of a model.
+
+    Attributes:
+        name: the weight's qualified parameter name. `module`: its owner (None in the optimizer's drop-in door).
+        weight: the full parameter; always holds the current values, rounded to its dtype.
+        values: fp32 (fp64 for fp64 weights) leaf [k]: the master values, in the pattern's order.
+        base: [k], the pretrained values bit for bit, in the weight's dtype.
+        pattern: where the entries are.
+    """
+
+    name: str
+    module: nn.Module | None
+    weight: nn.Parameter
+    values: nn.Parameter
+    base: Tensor
+    pattern: Pattern
+
+
+class MaskedLinear(torch.autograd.Function):
+    """y = x W^T + b with the gradient of W only at `values`' entries; `transposed` weights are [in, out]."""
+
+    @staticmethod
+    def forward(ctx, x, values, weight, bias, rows, cols, tiles, local, tile, transposed):
+        ctx.tile, ctx.transposed = tile, transposed
+        ctx.save_for_backward(x if values.requires_grad else None, weight, rows, cols, tiles, local)
+        return F.linear(x, weight.T if transposed else weight, bias)
+
+    @staticmethod
+    @once_differentiable  # a second derivative would have to see W as a function of `values`
+    def backward(ctx, grad_out):
+        x, weight, rows, cols, tiles, local = ctx.saved_tensors
+        need_x, need_values, _, need_bias, *_ = ctx.needs_input_grad
+        grad_x = grad_values = grad_bias = None
+        if need_x:
+            grad_x = grad_out @ (weight.T if ctx.transposed else weight)
+        flat = grad_out.reshape(-1, grad_out.shape[-1])
+        if need_values:
+            operands = (flat, x.reshape(-1, x.shape[-1]))
+            left, right = reversed(operands) if ctx.transposed else operands
+            grad_values = torch.ops.sparseft.masked_grad(left, right, rows, cols, tiles, local, ctx.tile)
+        if need_bias:
+            grad_bias = flat.sum(0)
+        return grad_x, grad_values, None, grad_bias, *[None] * 6
+
+
+class _Sparse:
+    """What the sparse layer classes share; each sits in front of the plain class that it replaces."""
+
+    transposed = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The plain layer's output; under autocast in autocast's dtype, as the plain layer's."""
+        x, weight, bias = input, self.weight, self.bias
+        device = input.device.type
+        if torch.is_autocast_enabled(device) and input.dtype != torch.float64:  # autocast leaves fp64 alone
+            dtype = torch.get_autocast_dtype(device)
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        with torch.autocast(device, enabled=False):
+            return MaskedLinear.apply(
+                x, self.values, weight, bias, self.rows, self.cols, self.tiles, self.local, self._tile, self.transposed
+            )
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        bind(self, "weight")  # a copied or unpickled leaf has lost its attributes
+
+    def extra_repr(self) -> str:
+        shape = self.weight.shape
+        return f"weight={tuple(shape)}, bias={self.bias is not None}, trained={len(self.local)} of {shape.numel()}"
+
+
+class SparseLinear(_Sparse, nn.Linear):
+    """`nn.Linear` of which only `values` train."""
+
+    plain = nn.Linear
+
+
+def sparsify(model: nn.Module, patterns: dict[str, Pattern]) -> nn.Module:
+    """Make only the entries in `patterns` trainable, in place.
+
+    Args:
+        model: any model; everything that is not selected is frozen (`requires_grad` False).
+        patterns: qualified parameter name -> Pattern of that parameter's shape (as from `select`).
+
+    Returns:
+        The same model. Its `state_dict` has the same keys and shapes as before.
+
+    Raises:
+        TypeError: `patterns` is not a dict of Patterns.
+        ValueError: no pattern, an unknown name, a shape that does not fit, a weight that is not contiguous or
+            not floating point, a module with attributes of the same names as the new ones, or a model that is
+            sparsified already. The model is unchanged then.
+    """
+    parameters_by_name = dict(model.named_parameters())
+    _check(model, patterns, parameters_by_name)
+    flags = {name: p.requires_grad for name, p in parameters_by_name.items()}
+    uses = _uses(model)
+    model.requires_grad_(False)
+    model.zero_grad()  # a dense gradient left from before has no further use
+    for name, pattern in patterns.items():
+        module_name, _, leaf = name.rpartition(".")
+        _attach(model.get_submodule(module_name), leaf, pattern.to(parameters_by_name[name].device), uses)
+    model._sparseft_flags = flags
+    return model
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Back to plain layers, in place: the weights keep their current values, `requires_grad` is as before `sparsify`."""
+    for chosen in selected(model).values():
+        module, name = chosen.module, chosen.name.rpartition(".")[2]
+        for handle in module._sparseft.pop(name)["handles"]:
+            handle.remove()
+        for key in _gather_hooks(chosen.weight):
+            del chosen.weight._post_accumulate_grad_hooks[key]
+        del chosen.values._sparseft_owner  # an optimizer that still holds the leaf has nothing to write to
+        stem = _stem(name)
+        for attribute in (*TENSORS, "base", "values"):
+            delattr(module, stem + attribute)
+        if not module._sparseft:
+            del module._sparseft
+        if isinstance(module, _Sparse):
+            module.__class__ = module.plain
+            del module._tile
+    for name, flag in model.__dict__.pop("_sparseft_flags", {}).items():
+        model.get_parameter(name).requires_grad_(flag)
+    return model
+
+
+def selected(model: nn.Module) -> dict[str, Selected]:
+    """Every sparsified weight of the model, by parameter name, in the model's order; empty for a plain model."""
+    return {chosen.name: chosen for chosen in _walk(model)}
+
+
+def parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The trainable leaves, for any torch optimizer: after its step the values are written to the weights."""
+    return [chosen.values for chosen in _walk(model)]
+
+
+def write_values_(model: nn.Module) -> None:
+    """Write every leaf's values into its weight, rounded to the weight's dtype."""
+    for chosen in _walk(model):
+        _write(chosen.module, chosen.name.rpartition(".")[2])
+
+
+def bind(module: nn.Module, name: str) -> None:
+    """Tie the leaf of `module`'s parameter `name` to its weight; again after a copy, which loses attributes and hooks."""
+    weight, values = getattr(module, name), getattr(module, _stem(name) + "values")
+    values._sparseft_owner = (module, name)
+    if not isinstance(module, _Sparse) and not _gather_hooks(weight):
+        weight.register_post_accumulate_grad_hook(_Gather(module, name))
+
+
+def gather_grad_(chosen: Selected) -> None:
+    """Move the selected entries of the weight's dense gradient to the leaf's gradient, and free the dense one."""
+    gathered = chosen.pattern.gather(chosen.weight.grad).to(chosen.values.dtype)
+    chosen.weight.grad = None
+    chosen.values.grad = gathered if chosen.values.grad is None else chosen.values.grad.add_(gathered)
+
+
+def leaf_of(weight: Tensor, pattern: Pattern) -> tuple[nn.Parameter, Tensor]:
+    """A new leaf with a weight's selected values, and these values in the weight's dtype."""
+    base = pattern.gather(weight.detach())
+    return nn.Parameter(base.to(torch.promote_types(base.dtype, torch.float32), copy=True)), base
+
+
+def owner(leaf: nn.Parameter) -> Selected | None:
+    """The weight that a leaf belongs to (its `name` unqualified), None for any other parameter."""
+    where = getattr(leaf, "_sparseft_owner", None)
+    return None if where is None else _describe(*where, where[1])
+
+
+def _walk(model: nn.Module) -> Iterator[Selected]:
+    for prefix, module in model.named_modules():
+        for name in getattr(module, "_sparseft", ()):
+            bind(module, name)
+            yield _describe(module, name, f"{prefix}.{name}" if prefix else name)
+
+
+def _describe(module: nn.Module, name: str, qualified: str) -> Selected:
+    stem, weight = _stem(name), getattr(module, name)
+    tensors = (getattr(module, stem + tensor) for tensor in TENSORS)
+    pattern = Pattern(matrix_shape(weight.shape), module._sparseft[name]["tile"], *tensors)
+    return Selected(qualified, module, weight, getattr(module, stem + "values"), getattr(module, stem + "base"), pattern)
+
+
+def _stem(name: str) -> str:
+    """Prefix of the attributes that belong to parameter `name` of a module."""
+    return "" if name == "weight" else f"{name}_"
+
+
+def _uses(model: nn.Module) -> dict[nn.Parameter, int]:
+    """How many modules hold each parameter (tied weights: several)."""
+    count: dict[nn.Parameter, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                count[parameter] = count.get(parameter, 0) + 1
+    return count
+
+
+def _check(model: nn.Module, patterns: dict[str, Pattern], known: dict[str, nn.Parameter]) -> None:
+    if not isinstance(patterns, dict):
+        raise TypeError(f"patterns must be a dict of parameter name -> Pattern, got {type(patterns).__name__}")
+    if not patterns:
+        raise ValueError("patterns must name at least one weight, got an empty dict")
+    if any(True for _ in _walk(model)):
+        raise ValueError("model is sparsified already; call densify(model) first")
+    for name, pattern in patterns.items():
+        if name not in known:
+            raise ValueError(f"patterns: the model has no parameter {name!r} (tied weights go by their first name)")
+        if not isinstance(pattern, Pattern):
+            raise TypeError(f"patterns[{name!r}] must be a Pattern, got {type(pattern).__name__}")
+        weight = known[name]
+        if not weight.is_floating_point() or not weight.is_contiguous():
+            raise ValueError(f"patterns[{name!r}]: the weight must be floating point and contiguous, "
+                             f"got {weight.dtype}, strides {weight.stride()}")  # fmt: skip
+        if matrix_shape(weight.shape) != pattern.shape:
+            raise ValueError(f"patterns[{name!r}] is for shape {pattern.shape}, got a weight of {tuple(weight.shape)}")
+        module_name, _, leaf = name.rpartition(".")
+        for attribute in (*TENSORS, "base", "values"):
+            if hasattr(model.get_submodule(module_name), _stem(leaf) + attribute):
+                raise ValueError(f"patterns[{name!r}]: its module has an attribute {_stem(leaf) + attribute!r} already")
+
+
+def _attach(module: nn.Module, name: str, pattern: Pattern, uses: dict[nn.Parameter, int]) -> None:
+    weight, stem = getattr(module, name), _stem(name)
+    values, base = leaf_of(weight, pattern)
+    for tensor in TENSORS:
+        module.register_buffer(stem + tensor, getattr(pattern, tensor), persistent=False)
+    module.register_buffer(stem + "base", base, persistent=False)
+    module.register_parameter(stem + "values", values)
+    if not hasattr(module, "_sparseft"):
+        module._sparseft = {}
+    sparse_class = _sparse_class(module) if name == "weight" and uses[weight] == 1 else None
+    if sparse_class is not None:
+        module.__class__, module._tile = sparse_class, pattern.tile
+    else:
+        weight.requires_grad_(True)
+    handles = [  # partials of plain functions: a sparsified model can be pickled
+        module.register_state_dict_post_hook(partial(_leave_out, stem + "values")),
+        module.register_load_state_dict_pre_hook(partial(_not_missing, stem + "values")),
+        module.register_load_state_dict_post_hook(partial(_refresh, name)),
+    ]
+    module._sparseft[name] = {"tile": pattern.tile, "handles": handles}
+    bind(module, name)
+    _install_write_back()
+
+
+def _sparse_class(module: nn.Module) -> type | None:
+    """The sparse counterpart of exactly this class, None if it has none (subclasses may compute otherwise)."""
+    if type(module) is nn.Linear:
+        return SparseLinear
+    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+        from sparseft.conv1d import SparseConv1D  # here: `import sparseft` does not need transformers
+
+        return SparseConv1D
+    return None
+
+
+class _Gather:
+    """Hook on a dense parameter: moves its gradient's selected entries to the leaf and frees the rest."""
+
+    def __init__(self, module: nn.Module, name: str):
+        self.module, self.name = module, name
+
+    def __call__(self, weight: nn.Parameter) -> None:
+        gather_grad_(_describe(self.module, self.name, self.name))
+
+
+def _gather_hooks(weight: nn.Parameter) -> list[int]:
+    """Keys of the gather hooks that are installed on a parameter (a copied parameter has none)."""
+    return [key for key, hook in (weight._post_accumulate_grad_hooks or {}).items() if isinstance(hook, _Gather)]
+
+
+def _leave_out(leaf: str, module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    """The leaf is derived from the weight: it has no place in a plain model's state_dict."""
+    state_dict.pop(prefix + leaf, None)
+
+
+def _not_missing(leaf: str, module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    """... and a plain model's state_dict lacks nothing."""
+    state_dict[prefix + leaf] = getattr(module, leaf)  # itself: with assign=True it stays the optimizer's leaf
+
+
+def _refresh(name: str, module: nn.Module, incompatible_keys: object) -> None:
+    """Loaded weights become the leaf's values; a finer master value that rounds to the loaded weight stays."""
+    bind(module, name)  # assign=True brings a new weight, without hooks
+    chosen = _describe(module, name, name)
+    loaded, values = chosen.pattern.gather(chosen.weight.detach()), chosen.values.data
+    values.copy_(torch.where(values.to(loaded.dtype) == loaded, values, loaded.to(values.dtype)))
+
+
+def _write(module: nn.Module, name: str) -> None:
+    chosen = _describe(module, name, name)
+    with torch.no_grad():
+        scatter_delta_(chosen.weight, chosen.values, chosen.pattern, "copy")
+
+
+_write_back = None
+
+
+def _install_write_back() -> None:
+    """From the first `sparsify` on, every torch optimizer's step is followed by the write into the weights."""
+    global _write_back
+    if _write_back is None:
+        _write_back = register_optimizer_step_post_hook(_after_step)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    if getattr(optimizer, "writes_weights", False):
+        return
+    for group in optimizer.param_groups:
+        for leaf in group["params"]:
+            where = getattr(leaf, "_sparseft_owner", None)
+            if where is not None:
+                _write(*where)

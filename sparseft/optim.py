@@ -1,0 +1,366 @@
+"""SparseAdamW: AdamW whose parameters are the selected entries, with two doors (see the class)."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparseft.dropin import FirstBackward
+from sparseft.layers import Selected, owner, selected
+from sparseft.ops import scatter_delta_, sparse_adamw_
+from sparseft.pattern import TENSORS, Pattern, matrix_shape, pack
+from sparseft.reference import LAYER
+from sparseft.selection import eligible
+
+STATE = ("exp_avg", "exp_avg_sq")
+
+
+class SparseAdamW(Optimizer):
+    """AdamW (Loshchilov & Hutter, 2019) over the selected entries of a model's weights, in one fused step.
+
+    Lean door: `SparseAdamW(model)` (or `sparseft.parameters(model)`, or param groups of them) on a `sparsify`-ed
+    model, whose dense weight gradients never exist. Drop-in door: `SparseAdamW(model.parameters(), density=0.01)`
+    on an untouched model: the first backward selects; from then on `param_groups` hold one leaf per selected
+    weight, and each dense gradient is gathered and freed inside backward. In this door bare parameters are
+    eligible from two dimensions on (pass the model to leave embeddings and the output head out); frozen parameters
+    are not; `step` clears the gathered gradients; to clip, pass the leaves in `param_groups`.
+
+    Moments and master values are fp32 (fp64 for fp64 weights) whatever the weights' dtype; bias correction goes
+    by each entry's own age.
+
+    Args:
+        params: a model, leaves, named parameters, parameters or param groups.
+        lr: learning rate (float or 0-dim tensor). A sparse change wants a larger one than dense fine-tuning.
+        betas, eps, maximize: as in `torch.optim.AdamW`.
+        weight_decay: decoupled decay, of the selected entries only.
+        decay_to: "pretrained" pulls towards the values before training, "zero" is the classic decay.
+        density: share of the eligible weights to select (drop-in door only).
+        criterion: "grad" (|g|) or "taylor" (|w * g|). `allocation`: "global" or "layer". `tile`: tile shape.
+        include, exclude: globs on parameter names, as in `sparseft.select`; only with a model as `params`.
+        on_nonfinite: "skip" leaves everything as it is and counts in `skipped_steps`; "raise" raises.
+
+    Raises:
+        ValueError, TypeError: an argument out of range; parameters without entries and no density; no leaf at all.
+        FloatingPointError: from `step`, with on_nonfinite="raise", on a NaN or Inf gradient; nothing has changed.
+    """
+
+    writes_weights = True  # no write-back hook needed after its step
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float | Tensor = 5e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        decay_to: str = "pretrained",
+        density: float | None = None,
+        criterion: str = "grad",
+        allocation: str = "global",
+        tile: tuple[int, int] = (64, 64),
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        maximize: bool = False,
+        on_nonfinite: str = "skip",
+    ):
+        if on_nonfinite not in ("skip", "raise"):
+            raise ValueError(f"on_nonfinite must be 'skip' or 'raise', got {on_nonfinite!r}")
+        if density is not None and not 0 < density <= 1:
+            raise ValueError(f"density must lie in (0, 1], got {density}")
+        self.on_nonfinite = on_nonfinite
+        self._skipped = torch.zeros((), dtype=torch.int64)
+        self._arenas: list[_Arena] = []
+        self._chosen: dict[nn.Parameter, Selected] = {}  # drop-in door: leaf -> its weight
+        self._waiting: FirstBackward | None = None
+        self._drop_in = density is not None
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decay_to": decay_to,
+                    "maximize": maximize}  # fmt: skip
+        super().__init__(_as_params(params, include, exclude, drop_in=self._drop_in), defaults)
+        if density is not None:
+            weights = [(number, p) for number, group in enumerate(self.param_groups) for p in group["params"]]
+            self._waiting = FirstBackward(weights, density, criterion, allocation, tile, self._adopt)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch (lean door only); checks this group's options, and that its parameters are leaves."""
+        if self._waiting is not None or self._chosen:
+            raise ValueError("param_group: in the drop-in door all parameters take part in the selection; pass them to "
+                             "the constructor")  # fmt: skip
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        if not float(group["lr"]) >= 0:
+            raise ValueError(f"lr must be >= 0, got {group['lr']}")
+        for name, beta in zip(("betas[0]", "betas[1]"), group["betas"], strict=True):
+            if not 0 <= beta < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {beta}")
+        for name in ("eps", "weight_decay"):
+            if not group[name] >= 0:
+                raise ValueError(f"{name} must be >= 0, got {group[name]}")
+        if group["decay_to"] not in ("pretrained", "zero"):
+            raise ValueError(f"decay_to must be 'pretrained' or 'zero', got {group['decay_to']!r}")
+        if not self._drop_in:
+            for p in group["params"]:
+                if self._selected(p) is None:
+                    raise ValueError(
+                        f"params: a parameter of shape {tuple(p.shape)} has no selected entries; sparsify the model "
+                        "first and pass the model or sparseft.parameters(model), or give density= (drop-in door)"
+                    )
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out because a gradient was NaN or Inf."""
+        return int(self._skipped)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One update of the selected entries, and the write into their weights."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._waiting is not None and self._waiting.found_nonfinite():
+            self._skip(True)
+        work = [(arena, tiles) for arena in self._current_arenas() if (tiles := arena.collect()) is not None]
+        bad = [arena.nonfinite() for arena, _ in work]
+        if bad:
+            found = torch.stack([b.to(bad[0].device) for b in bad]).amax()
+            self._skip(found)
+            for arena, tiles in work:
+                arena.step(tiles, found.to(arena.grad.device))
+        self._clear()
+        return loss
+
+    def _clear(self) -> None:
+        for leaf in self._chosen:  # drop-in door: the model's own zero_grad does not reach these leaves
+            leaf.grad = None
+
+    def _skip(self, found: Tensor | bool) -> None:
+        if self.on_nonfinite == "raise" and bool(found):
+            self._clear()
+            raise FloatingPointError("a gradient is NaN or Inf; no weight was changed")
+        found = torch.as_tensor(found)
+        self._skipped = self._skipped.to(found.device) + found.long()  # counted on the device: no synchronisation
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's format, and under "sparse" per leaf what makes a resumed run continue exactly: master and
+        base values, ages, and the pattern."""
+        self._current_arenas()
+        state = super().state_dict()
+        leaves = [leaf for group in self.param_groups for leaf in group["params"]]
+        state["sparse"] = {number: _pack_leaf(self._selected(leaf), self._position(leaf), self.state.get(leaf, {}))
+                           for number, leaf in enumerate(leaves) if self._selected(leaf) is not None}  # fmt: skip
+        state["state"] = {number: {key: value for key, value in per_leaf.items() if key != "born"}
+                          for number, per_leaf in state["state"].items()}  # fmt: skip
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from `state_dict()`: also its selection (drop-in door), its base values and its masters, which are
+        written to the weights.
+
+        Raises:
+            ValueError: it is not from a SparseAdamW, or for other patterns than this optimizer's.
+        """
+        if "sparse" not in state_dict:
+            raise ValueError("state_dict has no 'sparse' part: it is not from a SparseAdamW")
+        saved: dict[int, dict[str, Any]] = state_dict["sparse"]
+        if self._waiting is not None and saved:
+            self._restore_selection(saved, [len(group["params"]) for group in state_dict["param_groups"]])
+        leaves = [leaf for group in self.param_groups for leaf in group["params"]]
+        for number, entry in saved.items():
+            chosen = self._selected(leaves[number]) if number < len(leaves) else None
+            if chosen is None or chosen.pattern.digest != entry["digest"]:
+                raise ValueError(f"state_dict: leaf {number} was saved for another pattern than this optimizer's")
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "sparse"})
+        with torch.no_grad():
+            for number, entry in saved.items():
+                leaf = leaves[number]
+                chosen = self._selected(leaf)
+                leaf.copy_(entry["values"])
+                chosen.base.copy_(entry["base"])
+                scatter_delta_(chosen.weight, leaf, chosen.pattern, "copy")
+                if "step" in self.state[leaf]:
+                    self.state[leaf]["step"] = self.state[leaf]["step"].to(leaf.device, torch.int64)
+                if entry["born"] is not None:
+                    self.state[leaf]["born"] = entry["born"].to(leaf.device, torch.int32)
+        self._arenas = []
+
+    def _selected(self, leaf: nn.Parameter) -> Selected | None:
+        return self._chosen.get(leaf) or owner(leaf)
+
+    def _position(self, leaf: nn.Parameter) -> int | None:
+        """Drop-in door: which of the parameters given to the constructor the leaf belongs to."""
+        return self._numbers.get(leaf) if self._drop_in else None
+
+    def _current_arenas(self) -> list["_Arena"]:
+        """The arenas, rebuilt where leaves were added, moved or loaded since the last step."""
+        if self._waiting is not None:
+            return []
+        leaves = [leaf for group in self.param_groups for leaf in group["params"]]
+        covered = {leaf for arena in self._arenas for leaf in arena.leaves}
+        if covered != set(leaves) or not all(arena.attached() for arena in self._arenas):
+            self._arenas = self._build_arenas()
+        return self._arenas
+
+    def _build_arenas(self) -> list["_Arena"]:
+        arenas = []
+        for group in self.param_groups:
+            buckets: dict[tuple, list[Selected]] = {}
+            for leaf in group["params"]:
+                chosen = self._selected(leaf)
+                key = (chosen.weight.device, chosen.weight.dtype, chosen.pattern.tile)
+                buckets.setdefault(key, []).append(chosen)
+            arenas += [_Arena(group, chosen, self.state) for chosen in buckets.values()]
+        return arenas
+
+    def _adopt(self, chosen: list[tuple[int, int, Selected]]) -> None:
+        """The first backward has selected: leaves take the place of the parameters."""
+        self._waiting = None
+        self._numbers = {}
+        for group in self.param_groups:
+            group["params"] = []
+            group.pop("param_names", None)
+        for group_number, number, entry in chosen:
+            self.param_groups[group_number]["params"].append(entry.values)
+            self._chosen[entry.values] = entry
+            self._numbers[entry.values] = number
+
+    def _restore_selection(self, saved: dict[int, dict[str, Any]], sizes: list[int]) -> None:
+        patterns: dict[int, tuple[Pattern, Tensor]] = {}
+        weights = self._waiting.weights
+        for entry in saved.values():
+            tensors = entry["pattern"]
+            pattern = Pattern(tuple(tensors["shape"]), tuple(tensors["tile"]), *(tensors[name] for name in TENSORS))
+            number = entry["number"]
+            if number is None or number >= len(weights) or pattern.shape != matrix_shape(weights[number][1].shape):
+                raise ValueError(f"state_dict: its parameter {number} of shape {pattern.shape} is none of this optimizer's")
+            patterns[number] = pattern.validate(), entry["base"]
+        mine = [sum(weights[number][0] == group for number in patterns) for group in range(len(self.param_groups))]
+        if sizes != mine:
+            raise ValueError(f"state_dict: param groups of {sizes} leaves, for this optimizer expected {mine}")
+        self._waiting.restore(patterns)
+
+
+class _Arena:
+    """The flat buffers of one param group's leaves (one device, dtype and tile shape); a leaf is a slice."""
+
+    def __init__(self, group: dict[str, Any], chosen: list[Selected], state: dict[nn.Parameter, dict[str, Any]]):
+        self.group, self.leaves = group, [c.values for c in chosen]
+        self.weights = [c.weight for c in chosen]
+        self.layout = pack([c.pattern for c in chosen])
+        self.base = torch.cat([c.base for c in chosen])
+        self.values = torch.cat([leaf.detach() for leaf in self.leaves])
+        self.values = self.values.to(torch.promote_types(self.weights[0].dtype, torch.float32))  # after model.to(bf16)
+        self.grad = torch.zeros_like(self.values)
+        self.buffers = {name: _joined(self.leaves, state, name, self.values.dtype) for name in STATE}
+        zero = torch.zeros((), dtype=torch.int64)
+        self.steps = torch.stack([state[leaf].get("step", zero).to(leaf.device) for leaf in self.leaves])
+        aged = any("born" in state[leaf] for leaf in self.leaves)
+        self.born = _joined(self.leaves, state, "born", torch.int32) if aged else None
+        self._tiles: dict[tuple[bool, ...], Tensor] = {}
+        self._attach(state)
+
+    def _attach(self, state: dict[nn.Parameter, dict[str, Any]]) -> None:
+        self._addresses = []
+        start = 0
+        for number, leaf in enumerate(self.leaves):
+            part = slice(start, start + len(leaf))
+            leaf.data = self.values[part]
+            state[leaf]["step"] = self.steps[number]
+            for name, buffer in self.buffers.items():
+                state[leaf][name] = buffer[part]
+            if self.born is not None:
+                state[leaf]["born"] = self.born[part]
+            self._addresses.append((leaf.data_ptr(), self.weights[number].data_ptr()))
+            start = part.stop
+
+    def attached(self) -> bool:
+        """Whether every leaf and weight still lies where the arena put or found it."""
+        now = [(leaf.data_ptr(), weight.data_ptr()) for leaf, weight in zip(self.leaves, self.weights, strict=True)]
+        return now == self._addresses
+
+    def collect(self) -> Tensor | None:
+        """Copy the leaves' gradients in; the worklist of the layers that have one, None if none has."""
+        have = tuple(leaf.grad is not None for leaf in self.leaves)
+        if not any(have):
+            return None
+        parts = self.grad.split([len(leaf) for leaf in self.leaves])
+        pairs = [(part, leaf.grad) for part, leaf in zip(parts, self.leaves, strict=True) if leaf.grad is not None]
+        torch._foreach_copy_([part for part, _ in pairs], [grad for _, grad in pairs])
+        if have not in self._tiles:
+            mask = torch.tensor(have, device=self.layout.tiles.device)
+            self._tiles = {have: self.layout.tiles[mask[self.layout.tiles[:, LAYER]]]}
+        self._having = torch.tensor(have, device=self.steps.device)
+        return self._tiles[have]
+
+    def nonfinite(self) -> Tensor:
+        """0-dim fp32: 1 if a collected gradient is NaN or Inf."""
+        return torch.stack([~torch.isfinite(leaf.grad).all() for leaf in self.leaves if leaf.grad is not None]).any().float()
+
+    def step(self, tiles: Tensor, found_inf: Tensor) -> None:
+        group = self.group
+        self.steps += self._having * (found_inf == 0)
+        lr = group["lr"] if isinstance(group["lr"], Tensor) else torch.tensor(group["lr"], dtype=torch.float64)
+        sparse_adamw_(
+            self.weights, self.values, self.grad, *self.buffers.values(), self.layout._replace(tiles=tiles),
+            step=self.steps, lr=lr, betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
+            base=self.base if group["decay_to"] == "pretrained" else None, born=self.born,
+            maximize=group["maximize"], found_inf=found_inf,
+        )  # fmt: skip
+
+
+def _as_params(params: Any, include: Any, exclude: Any, drop_in: bool) -> list[Any]:
+    """What torch's Optimizer takes: leaves (lean door) or the parameters that may be selected (drop-in door)."""
+    if isinstance(params, nn.Module):
+        leaves = [c.values for c in selected(params).values()]
+        if drop_in and leaves:
+            raise ValueError("density: this model is sparsified already; leave density out, or densify it first")
+        if not drop_in and not leaves:
+            raise ValueError("params: this model has no selected entries; sparsify it first, or give density=")
+        if drop_in:
+            return _some([(name, p) for name, p in eligible(params, include, exclude).items() if p.requires_grad])
+        return leaves
+    if include is not None or exclude is not None:
+        raise ValueError("include / exclude go by name: pass the model as params")
+    if isinstance(params, Tensor):
+        raise TypeError(f"params must be a model or an iterable of parameters, got a tensor of shape {tuple(params.shape)}")
+    given = list(params)
+    if given and isinstance(given[0], dict):
+        return [{**group, "params": _trainable(group["params"], drop_in)} for group in given]
+    return _trainable(given, drop_in)
+
+
+def _trainable(given: Any, drop_in: bool) -> list[Any]:
+    """Without what is frozen (a sparsified model's other parameters may come along with its leaves)."""
+    given = [given] if isinstance(given, Tensor) else list(given)
+    dimensions = 2 if drop_in else 0
+    bare = [p[1] if isinstance(p, tuple) else p for p in given]  # torch takes (name, parameter) too
+    return _some([g for g, p in zip(given, bare, strict=True) if p.requires_grad and p.dim() >= dimensions])
+
+
+def _some(kept: list[Any]) -> list[Any]:
+    if not kept:
+        raise ValueError("params: no parameter is left to train")
+    return kept
+
+
+def _joined(
+    leaves: list[nn.Parameter], state: dict[nn.Parameter, dict[str, Any]], name: str, dtype: torch.dtype
+) -> Tensor:
+    """One flat buffer of the leaves' states, zeros where a leaf has none yet."""
+    parts = [state[leaf].get(name, torch.zeros_like(leaf, dtype=dtype)) for leaf in leaves]
+    return torch.cat([part.detach().to(leaf.device, dtype) for part, leaf in zip(parts, leaves, strict=True)])
+
+
+def _pack_leaf(chosen: Selected, number: int | None, state: dict[str, Any]) -> dict[str, Any]:
+    pattern = chosen.pattern
+    tensors = {"shape": pattern.shape, "tile": pattern.tile, **{name: getattr(pattern, name) for name in TENSORS}}
+    return {"number": number, "digest": pattern.digest, "pattern": tensors, "values": chosen.values.detach().clone(),
+            "base": chosen.base, "born": state.get("born")}  # fmt: skip

@@ -1,0 +1,141 @@
+"""Which entries train: model + batches -> {weight name: Pattern}.
+
+`weights.py` says which weights take part, `criteria.py` how their entries are scored, `gradients.py` runs backward
+passes without keeping gradients, `scoring.py` leads scores from there to the budgets, `topk.py` keeps the best of them,
+`budget.py` shares k entries among weights and packs them into tiles.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseft.pattern import Pattern, _check_tile
+from sparseft.selection.budget import ALLOCATIONS, Budget
+from sparseft.selection.criteria import CRITERIA, Criterion, find
+from sparseft.selection.gradients import Backward
+from sparseft.selection.scoring import Scoring
+from sparseft.selection.topk import StreamingTopK
+from sparseft.selection.weights import eligible
+
+__all__ = ["ALLOCATIONS", "CRITERIA", "Criterion", "StreamingTopK", "eligible", "select"]
+
+logger = logging.getLogger(__name__)
+
+
+def select(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    *,
+    density: float = 0.01,
+    criterion: str | Criterion | Callable[[str, Tensor, Tensor], Tensor] = "grad",
+    tile: tuple[int, int] = (64, 64),
+    tile_budget: float = 0.1,
+    allocation: str = "global",
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    seed: int = 0,
+) -> dict[str, Pattern]:
+    """Choose the entries with the largest scores, packed into few tiles.
+
+    First the `k = round(density * weights)` best entries of every budget are chosen freely. Each weight's rows and
+    columns are then sorted by the score mass chosen in them, which gathers the choice in few tiles; the tiles with
+    the most mass are kept, `tile_budget` of all tiles, and the same k is chosen again inside them. Equal scores go to
+    the earlier weight and the lower flat position, equal masses to the lower row, column or tile.
+
+    The model comes back as it was: gradients, requires_grad flags, buffers, and the state of the random generators.
+    It runs in the mode it is in; in train mode dropout makes scores noisier, though not less repeatable, since the
+    generators are seeded with `seed` meanwhile. The same model, batches and seed give the same patterns.
+
+    Memory besides the model and its activations: one weight's gradient, O(k), and, where scores must wait, a score
+    buffer of 4 bytes per eligible entry (8 if a weight is fp64), reported to the logger. Scores must wait when there
+    are several batches, and when several weights share a budget with `tile_budget` < 1.
+
+    Args:
+        model: any module. Frozen weights may be selected too.
+        batches: mappings for `model(**batch).loss`, their tensors moved to the model's device; or anything that
+            `loss_fn` takes. An iterable is read once. None for criteria that need no gradient.
+        density: share of the eligible entries to select, in (0, 1].
+        criterion: a name in CRITERIA, or a function (name, weight, gradient summed over batches) -> scores of the
+            weight's shape, which are ranked by magnitude.
+        tile: rows and columns of a tile, with at most 65536 entries.
+        tile_budget: share of all tiles that may hold entries, in (0, 1]; 1.0 leaves the choice free. Never fewer
+            tiles than k entries need.
+        allocation: a name in ALLOCATIONS: "global", one budget for all eligible weights, or "layer", one for each.
+            It applies to entries and to tiles.
+        include, exclude: see `eligible`.
+        loss_fn: (model, batch) -> scalar loss.
+        seed: for random scores, and for dropout during the backward passes.
+
+    Returns:
+        {parameter name: Pattern} in model order, without the weights in which nothing was selected.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, a batch gives no loss or no gradient, or a score is not
+            finite (the weight and the batch are named). The model is as it was.
+    """
+    rule = find(criterion)
+    _check(density, tile, tile_budget, allocation)
+    _check_batches(rule, batches)
+    weights = eligible(model, include, exclude)
+    if not weights:
+        raise ValueError(f"include={include!r} and exclude={exclude!r} leave no weight to select from")
+    budgets = _budgets(weights, density, tile, tile_budget, allocation)
+    weights = {name: weight for name, weight in weights.items() if name in budgets}
+    dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights.values()) else torch.float32
+    scoring = Scoring(rule, weights, budgets, dtype, seed)
+    if batches is None or rule.accumulate is None:
+        scoring.without_gradients()
+    else:
+        scoring.with_gradients(Backward(model, weights, loss_fn), batches)
+    patterns = {name: budgets[name].patterns[name] for name in weights if name in budgets[name].patterns}
+    _report(patterns, set(budgets.values()))
+    return patterns
+
+
+def _budgets(weights, density, tile, tile_budget, allocation) -> dict[str, Budget]:
+    """The budget of each weight; weights whose budget rounds to no entry are left out."""
+    groups: dict[str, list[str]] = {}
+    for name in weights:
+        groups.setdefault(ALLOCATIONS[allocation](name), []).append(name)
+    budgets = {}
+    for names in groups.values():
+        members = {name: tuple(weights[name].shape) for name in names}
+        k = round(density * sum(weights[name].numel() for name in names))
+        if k:
+            budgets.update(dict.fromkeys(names, Budget(members, k, (int(tile[0]), int(tile[1])), tile_budget)))
+    if not budgets:
+        largest = max(sum(weights[name].numel() for name in names) for names in groups.values())
+        raise ValueError(f"density {density} selects no entry: the largest {allocation} budget has {largest} entries")
+    return budgets
+
+
+def _check(density, tile, tile_budget, allocation) -> None:
+    for name, share in (("density", density), ("tile_budget", tile_budget)):
+        if not 0 < share <= 1:
+            raise ValueError(f"{name} must lie in (0, 1], got {share}")
+    if allocation not in ALLOCATIONS:
+        raise ValueError(f"allocation must be one of {sorted(ALLOCATIONS)}, got {allocation!r}")
+    _check_tile(tile)
+
+
+def _check_batches(rule: Criterion, batches) -> None:
+    if rule.accumulate is None:
+        return
+    if batches is None:
+        free = sorted(name for name, other in CRITERIA.items() if other.accumulate is None)
+        raise ValueError(f"batches must be given: the criterion needs gradients (without: {free})")
+    if isinstance(batches, Mapping | Tensor) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be an iterable of batches, got {type(batches).__name__}; one batch: [batch]")
+
+
+def _report(patterns: dict[str, Pattern], budgets: set[Budget]) -> None:
+    chosen, tiles = sum(map(len, patterns.values())), sum(len(p.tiles) for p in patterns.values())
+    free, kept = sum(b.free_mass for b in budgets), sum(b.mass for b in budgets)
+    logger.info(
+        "selected %d entries in %d of %d tiles of %d weights; %.2f %% of the score mass of a free choice",
+        chosen, tiles, sum(b.tiles for b in budgets), len(patterns), 100 * kept / free if free else 100.0,
+    )  # fmt: skip

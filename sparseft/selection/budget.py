@@ -1,0 +1,124 @@
+"""Budgets: how many entries and tiles a group of weights shares, and which tiles they get."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sparseft.pattern import Pattern, matrix_shape
+from sparseft.selection.topk import StreamingTopK
+
+# weight name -> name of the budget that it shares; every budget gets the same density and tile budget
+ALLOCATIONS: dict[str, Callable[[str], str]] = {
+    "global": lambda name: "",
+    "layer": lambda name: name,
+}
+
+
+class Grid:
+    """One weight, its rows and columns sorted by chosen score mass (largest first, ties by index), cut into tiles.
+
+    Sums are taken on the CPU in fp64, where their order is fixed.
+
+    Args:
+        shape: (N, K). `tile`: rows and columns of a tile; tiles are numbered row by row.
+        indices: int64 [k], the flat positions chosen in this weight. `scores`: [k], theirs.
+    """
+
+    def __init__(self, shape: tuple[int, int], tile: tuple[int, int], indices: Tensor, scores: Tensor):
+        self._shape, self._tile = shape, tile
+        index, mass = indices.cpu(), scores.double().cpu()
+        row, col = index // shape[1], index % shape[1]
+        self._row_order, self._col_order = _by_mass(row, mass, shape[0]), _by_mass(col, mass, shape[1])
+        self._row_place, self._col_place = self._row_order.argsort(), self._col_order.argsort()
+        rows = torch.bincount(torch.arange(shape[0]) // tile[0])
+        cols = torch.bincount(torch.arange(shape[1]) // tile[1])
+        number = self._row_place[row] // tile[0] * len(cols) + self._col_place[col] // tile[1]
+        self.capacity = (rows[:, None] * cols).reshape(-1)  # entries per tile: those at the edges are smaller
+        self.count = torch.bincount(number, minlength=len(self.capacity))  # chosen entries per tile
+        self.mass = torch.zeros(len(self.capacity), dtype=torch.float64).index_add_(0, number, mass)
+        self._across = len(cols)
+
+    def positions(self, keep: Tensor, device: torch.device) -> Tensor:
+        """int64 flat positions inside the tiles that `keep` (bool, one per tile) marks, ascending."""
+        bands = keep.view(-1, self._across)[self._row_place // self._tile[0]].to(device)
+        mask = bands[:, (self._col_place // self._tile[1]).to(device)]
+        return mask.reshape(-1).nonzero().squeeze(1)
+
+    def pattern(self, indices: Tensor) -> Pattern:
+        """The pattern of some entries in this grid's order, which ends after the last row and column in use."""
+        row, col = indices.cpu() // self._shape[1], indices.cpu() % self._shape[1]
+        row_order = self._row_order[: int(self._row_place[row].max()) + 1].to(indices.device)
+        col_order = self._col_order[: int(self._col_place[col].max()) + 1].to(indices.device)
+        return Pattern.from_indices(indices, self._shape, tile=self._tile, row_order=row_order, col_order=col_order)
+
+
+class Budget:
+    """k entries, shared by a group of weights; chosen as soon as the scores of the last weight have come.
+
+    Args:
+        shapes: the weights of the group, in the order in which ties are preferred.
+        k: entries to select, over all of them.
+        tile: rows and columns of a tile. `tile_budget`: share of the group's tiles that may hold entries.
+    """
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]], k: int, tile: tuple[int, int], tile_budget: float):
+        self._shapes = {name: matrix_shape(shape) for name, shape in shapes.items()}
+        self._k, self._tile, self._tile_budget = k, tile, tile_budget
+        self._free = StreamingTopK(k, order=list(shapes))
+        self._scores: dict[str, Tensor] = {}  # kept for the second choice, inside tiles
+        self._missing = set(shapes)
+        self.waits = tile_budget < 1 and len(shapes) > 1  # whether scores are kept until the last weight's come
+        self.tiles = sum(-(-n // tile[0]) * -(-m // tile[1]) for n, m in self._shapes.values())
+        self.patterns: dict[str, Pattern] = {}  # the result, once every weight was added
+        self.free_mass = self.mass = 0.0  # sum of |scores| of the free choice, and of the choice inside the tiles
+
+    def add(self, name: str, scores: Tensor) -> None:
+        """Take one weight's scores (fp32 or fp64, of the weight's shape); the last one triggers the choice."""
+        self._missing.remove(name)
+        self._free.add(name, scores)
+        if self._tile_budget < 1:
+            self._scores[name] = scores.reshape(-1)
+        if not self._missing:
+            self._choose()
+
+    def _choose(self) -> None:
+        indices, scores = self._free.result(), self._free.scores()
+        self.free_mass = self.mass = _sum(scores)
+        grids = {name: Grid(self._shapes[name], self._tile, indices[name], scores[name]) for name in indices}
+        if self._tile_budget < 1:
+            indices = self._choose_inside(grids)
+        self.patterns = {name: grids[name].pattern(index) for name, index in indices.items()}
+
+    def _choose_inside(self, grids: dict[str, Grid]) -> dict[str, Tensor]:
+        """The best k entries inside the kept tiles; frees the scores."""
+        tiles = keep_tiles(list(grids.values()), self._k, round(self._tile_budget * self.tiles))
+        keep = dict(zip(grids, tiles, strict=True))
+        inside = StreamingTopK(self._k, order=list(grids))
+        for name, grid in grids.items():
+            scores = self._scores.pop(name)
+            inside.add(name, scores[grid.positions(keep[name], scores.device)])
+        self._scores.clear()
+        self.mass = _sum(inside.scores())
+        # positions once more: cheaper than keeping them all
+        return {n: grids[n].positions(keep[n], found.device)[found] for n, found in inside.result().items()}
+
+
+def keep_tiles(grids: Sequence[Grid], k: int, budget: int) -> list[Tensor]:
+    """Mark, grid by grid, the `budget` tiles with the most chosen mass; more if these cannot hold k entries."""
+    mass, count, capacity = (torch.cat([getattr(g, name) for g in grids]) for name in ("mass", "count", "capacity"))
+    order = torch.argsort(mass, descending=True, stable=True)
+    order = order[count[order] > 0]  # together these hold the k chosen entries, so capacity suffices
+    needed = int(torch.searchsorted(capacity[order].cumsum(0), k)) + 1
+    keep = torch.zeros(len(mass), dtype=torch.bool)
+    keep[order[: max(budget, needed)]] = True
+    return list(keep.split([len(g.mass) for g in grids]))
+
+
+def _by_mass(index: Tensor, mass: Tensor, size: int) -> Tensor:
+    """All of 0..size-1, by the mass summed at `index`, largest first; ties to the lower number."""
+    return torch.zeros(size, dtype=torch.float64).index_add_(0, index, mass).argsort(descending=True, stable=True)
+
+
+def _sum(scores: dict[str, Tensor]) -> float:
+    return sum(float(s.double().sum()) for s in scores.values())
