@@ -1,5 +1,6 @@
 """What a launch has to know about its device and its worklist; asked when a kernel is launched, never at import."""
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -31,15 +32,27 @@ def on(device: torch.device) -> AbstractContextManager:
 
 
 class Remembered:
-    """`function(tensor, *key)`, computed once per tensor: again only for another key or once the tensor was written."""
+    """`function(tensor, *others)`, computed once per tensor: again only for other arguments or once one was written."""
 
     def __init__(self, function: Callable[..., Any]):
         self.function = function
         self.known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-    def __call__(self, tensor: Tensor, *key: Any) -> Any:
-        state = (key, None if tensor.is_inference() else tensor._version)
+    def __call__(self, tensor: Tensor, *others: Any) -> Any:
         found = self.known.get(tensor)
-        if found is None or found[0] != state:
-            found = self.known[tensor] = (state, self.function(tensor, *key))
+        if found is None or not all(map(_fits, found[0], (tensor, *others))):
+            found = self.known[tensor] = ([_mark(x) for x in (tensor, *others)], self.function(tensor, *others))
         return found[1]
+
+
+def _mark(x: Any) -> Any:
+    """What an argument is recognised by: a tensor by itself and its version, without keeping it alive."""
+    return (weakref.ref(x), _version(x)) if isinstance(x, Tensor) else x
+
+
+def _fits(mark: Any, x: Any) -> bool:
+    return mark[0]() is x and mark[1] == _version(x) if isinstance(x, Tensor) else mark == x
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

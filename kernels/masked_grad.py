@@ -1,37 +1,21 @@
-"""masked_grad: the gradient of the selected entries only, on tensor cores. The dense gradient never exists in memory.
+"""masked_grad: the gradient of the selected entries only, on tensor cores; the dense gradient never exists in memory.
 
-A tile's 64 rows and 64 columns lie anywhere in the operands, and reading single 2-byte elements would waste 15/16 of
-every memory sector and leave the tensor cores idle. So each operand is first copied to its active columns (once per
-call, [T, active]; the layers of one worklist side by side), and the tiles are plain dense products of the copies:
+    compact   the active columns of both operands, once per call                                (compact.py)
+    tiles     programs walk the worklist: one tile's product in registers, its entries picked out and added in place
+    panels    where tiles hold few entries: products of only the columns that have one          (panels.py)
 
-    programs walk the worklist -> one tile's product in registers -> its entries picked out -> added in place
-
-Every entry has one owner and a fixed order of summation: results are the same bits on every run, without atomics.
+Every entry has one owner and a fixed order of summation: the same bits on every run, without atomics.
 """
 
-from typing import NamedTuple
+import os
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from sparseft.kernels.launch import Remembered, architecture, on, processors
-from sparseft.reference import COL0, LAYER, ROW0
-
-ALIGNMENT = 16  # elements; where a layer's columns start in a compact copy
-
-
-@triton.jit
-def _compact(source, order, copy, tokens, width, stride_source, stride_token, stride_column,
-             columns, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """copy[t, c] = source[t, order[c]]; columns that the source does not have are another layer's: left alone."""
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
-    column = tl.load(order + c, mask=c < width, other=columns)
-    mask = (t < tokens)[:, None] & (column < columns)[None, :]
-    picked = tl.load(source + t[:, None] * stride_source + column[None, :], mask=mask)
-    tl.store(copy + t[:, None] * stride_token + c.to(tl.int64)[None, :] * stride_column, picked, mask=mask)
+from sparseft.kernels import panels
+from sparseft.kernels.compact import compact, plan
+from sparseft.kernels.launch import architecture, on, processors
 
 
 @triton.jit
@@ -101,88 +85,46 @@ def _product(a, b, row0, col0, tokens, width_a, width_b, stride_a, stride_b, BLO
     return acc
 
 
-class Span(NamedTuple):
-    """Where one layer's active rows and columns lie in the layout, and where their copies start."""
-
-    layer: int
-    rows: tuple[int, int]
-    cols: tuple[int, int]
-    row_start: int
-    col_start: int
-
-
-class Plan(NamedTuple):
-    """What a worklist says about its operands; known to the host."""
-
-    spans: list[Span]
-    width_a: int  # of the compact copies, all layers
-    width_b: int
-    shifts: Tensor  # int64 [layers, 2] on the device: from ROW0 and COL0 to the place in the copies
-    align: dict[bool, tuple[int, int]]  # what ROW0 and COL0 are multiples of, in compact copies (True) or as they are
-
-
-def _plan(tiles: Tensor, tile: tuple[int, int]) -> Plan:
-    table = tiles.cpu()
-    spans, width_a, width_b = [], 0, 0
-    shifts = torch.zeros(int(table[:, LAYER].max()) + 1, 2, dtype=torch.int64)
-    for layer in table[:, LAYER].unique().tolist():
-        mine = table[table[:, LAYER] == layer]
-        rows = int(mine[:, ROW0].min()), int(mine[:, ROW0].max()) + tile[0]
-        cols = int(mine[:, COL0].min()), int(mine[:, COL0].max()) + tile[1]
-        spans.append(Span(layer, rows, cols, width_a, width_b))
-        shifts[layer] = torch.tensor([width_a - rows[0], width_b - cols[0]])
-        width_a += triton.cdiv(rows[1] - rows[0], ALIGNMENT) * ALIGNMENT
-        width_b += triton.cdiv(cols[1] - cols[0], ALIGNMENT) * ALIGNMENT
-    raw = table[:, [ROW0, COL0]]
-    align = {moved: tuple(_hint(start) for start in at.T) for moved, at in ((False, raw), (True, raw + shifts[table[:, LAYER]]))}
-    return Plan(spans, width_a, width_b, shifts.to(tiles.device), align)
-
-
-def _hint(starts: Tensor) -> int:
-    return ALIGNMENT if bool((starts % ALIGNMENT == 0).all()) else 1
-
-
-_plans = Remembered(_plan)
-
-
-def masked_grad_(out, grad_out, input, rows, cols, tiles, local, tile, accumulate, squares=None):
+def masked_grad_(out, grad_out, input, rows, cols, tiles, local, tile, accumulate, squares=None, variant=None):
     """See `reference.masked_grad_`.
 
     Args:
-        grad_out: [T, N]; or one [T, N_i] per layer of the layout, for layers that share `input` (q, k, v).
+        grad_out: [T, N]; or a list with one [T, N_i] per layer of the layout, for layers that share `input` (q, k, v).
         squares: optional, out's dtype [n]: receives each tile's sum of squares of its entries in `out`.
+        variant: "tiles" or "panels" instead of the choice of `choose`; so does the environment variable
+            SPARSEFT_MASKED_GRAD. `squares` needs tiles.
     """
     if tiles.shape[0] == 0:
         return
-    grad_outs = grad_out if isinstance(grad_out, (list, tuple)) else None
+    tile = tuple(tile)
     with on(out.device):
-        plan = _plans(tiles, tuple(tile))
-        pieces = [(grad_outs[s.layer] if grad_outs else grad_out, s.rows, s.row_start) for s in plan.spans]
-        a = grad_out if rows is None else _copy(pieces, rows, plan.width_a)
-        pieces = [(input, s.cols, s.col_start) for s in plan.spans]
-        b = input if cols is None else _copy(pieces, cols, plan.width_b)
-        config = configuration(architecture(out.device), a.dtype, tile)
-        programs = min(tiles.shape[0], 4 * processors(out.device))
-        _tiles[(programs,)](
-            out, squares, a, b, tiles, local, plan.shifts, tiles.shape[0], a.shape[0], a.shape[1], b.shape[1],
-            a.stride(0), b.stride(0), TILE_M=tile[0], TILE_N=tile[1],
-            SHIFT_A=rows is not None, SHIFT_B=cols is not None,
-            ALIGN_A=plan.align[rows is not None][0], ALIGN_B=plan.align[cols is not None][1],
-            ACCUMULATE=accumulate, PRECISION=precision(), **config,
+        work = plan(tiles, tile)
+        grad_outs = grad_out if isinstance(grad_out, (list, tuple)) else [grad_out] * (work.rows[-1].layer + 1)
+        a = grad_outs[0] if rows is None else compact([grad_outs[s.layer] for s in work.rows], rows, work.rows)
+        variant = variant or os.environ.get("SPARSEFT_MASKED_GRAD") or choose(work.entries, tiles.shape[0], tile)
+        transposed = variant == "panels" and squares is None
+        if cols is None:
+            b = input.T.contiguous() if transposed else input
+        else:
+            b = compact([input] * len(work.cols), cols, work.cols, transposed)
+        programs = 4 * processors(out.device)
+        if transposed:
+            chunks = panels.chunks(tiles, local, tile, work.shifts, rows is None, cols is None)
+            panels.launch(out, a, b, chunks, accumulate, precision(), programs)
+            return
+        _tiles[(min(tiles.shape[0], programs),)](
+            out, squares, a, b, tiles, local, work.shifts, tiles.shape[0], a.shape[0], a.shape[1], b.shape[1],
+            a.stride(0), b.stride(0), TILE_M=tile[0], TILE_N=tile[1], SHIFT_A=rows is not None,
+            SHIFT_B=cols is not None, ALIGN_A=work.align[rows is not None][0], ALIGN_B=work.align[cols is not None][1],
+            ACCUMULATE=accumulate, PRECISION=precision(), **configuration(architecture(out.device), a.dtype, tile),
         )  # fmt: skip
 
 
-def _copy(pieces: list[tuple[Tensor, tuple[int, int], int]], order: Tensor, width: int) -> Tensor:
-    """[T, width]: of each source the columns order[first:last], from column `start` on."""
-    tokens = pieces[0][0].shape[0]
-    copy = pieces[0][0].new_empty(tokens, width)
-    for source, (first, last), start in pieces:
-        part, place = order[first:last], copy[:, start:]
-        grid = triton.cdiv(tokens, 32), triton.cdiv(len(part), 128)
-        if tokens and len(part):
-            _compact[grid](source, part, place, tokens, len(part), source.stride(0), *place.stride(), source.shape[1],
-                           BLOCK_T=32, BLOCK_C=128)  # fmt: skip
-    return copy
+def choose(entries: int, tiles: int, tile: tuple[int, int]) -> str:
+    """Both variants are bound by the operands' elements they load per token: a tile BM + BN of them, a panel's column
+    1 + 16 / 64. Panels where these are under half as many, each entry taken to need a column of its own."""
+    per_column = 1 + panels.PANEL / panels.CHUNK
+    return "panels" if 2 * per_column * entries < tiles * (tile[0] + tile[1]) else "tiles"
 
 
 def configuration(arch: int, dtype: torch.dtype, tile: tuple[int, int]) -> dict:
