@@ -58,6 +58,7 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     for name, dtype in FLOATS.items():
         for tile in ((64, 64), (128, 128), (16, 16)) if name == "bf16" else ((64, 64),):
             yield f"{name} {tile[0]}x{tile[1]}", lambda d=dtype, t=tile: _masked_grad(d, t)
+        yield f"{name} panels", lambda d=dtype: _masked_grad(d, (64, 64), variant="panels")
         for mode in ("add", "copy", "swap"):
             yield f"{name} {mode}", lambda d=dtype, m=mode: _scatter_delta(d, m)
         yield name, lambda d=dtype: _sparse_adamw(d)
@@ -73,10 +74,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _masked_grad(dtype: torch.dtype, tile: tuple[int, int]) -> None:
-    layout = _layout(tile)
+def _masked_grad(dtype: torch.dtype, tile: tuple[int, int], variant: str = "tiles") -> None:
+    layout, operand = _layout(tile), torch.zeros(512, 256, dtype=dtype)
     out = torch.zeros(len(layout.local), dtype=_wide(dtype))
-    masked_grad.masked_grad_(out, torch.zeros(512, 256, dtype=dtype), torch.zeros(512, 256, dtype=dtype), *layout, True)
+    masked_grad.masked_grad_(out, operand, operand, *layout, True, variant=variant)
 
 
 def _scatter_delta(dtype: torch.dtype, mode: str) -> None:
@@ -180,7 +181,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare with the committed budgets")
     parser.add_argument("--update", action="store_true", help="write the budgets")
     options = parser.parse_args()
-    with ProcessPoolExecutor(max_tasks_per_child=1) as pool:  # a process compiles for one GPU only
+    with ProcessPoolExecutor(2, max_tasks_per_child=1) as pool:  # a process compiles for one GPU only
         reports = dict(zip(ARCHITECTURES, pool.map(compiled, ARCHITECTURES), strict=True))
     print(f"triton {triton.__version__}; bytes per thread (spills) and block (shared); counts of instructions")
     print(f"{'':34}" + "".join(f"{c:>10}" for c in COLUMNS))

@@ -41,7 +41,7 @@ def _tiles(
         entry0 = tl.load(tile + 3)
         entry1 = tl.load(tile + 4)
         total = tl.zeros((BLOCK_E,), wide)
-        for m0 in tl.static_range(0, TILE_M, BLOCK_M):  # one block, unless the tile is larger than a program can hold
+        for m0 in range(0, TILE_M, BLOCK_M):  # one block, unless the tile is larger than a program can hold
             for n0 in range(0, TILE_N, BLOCK_N):
                 acc = _product(a, b, row0 + m0, col0 + n0, tokens, width_a, width_b, stride_a, stride_b,
                                BLOCK_M, BLOCK_N, BLOCK_T, wide, PRECISION)  # fmt: skip
@@ -96,7 +96,7 @@ def masked_grad_(out, grad_out, input, rows, cols, tiles, local, tile, accumulat
     """
     if tiles.shape[0] == 0:
         return
-    tile = tuple(tile)
+    tile, tiles = tuple(tile), tiles.contiguous()
     with on(out.device):
         work = plan(tiles, tile)
         grad_outs = grad_out if isinstance(grad_out, (list, tuple)) else [grad_out] * (work.rows[-1].layer + 1)
@@ -137,7 +137,7 @@ def configuration(arch: int, dtype: torch.dtype, tile: tuple[int, int]) -> dict:
         "BLOCK_M": m,
         "BLOCK_N": n,
         "BLOCK_T": tokens,
-        "BLOCK_E": min(1024, m * n),
+        "BLOCK_E": min(512, m * n),
         "num_warps": min(8, max(1, m * n // 1024)),
         "num_stages": max(2, min(depth, 96 * 1024 // stage)),  # 96 KiB: what the smallest architecture has
     }

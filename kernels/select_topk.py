@@ -84,12 +84,13 @@ def _emit(key, mask, position, above, inside, rest, before_above, before_inside,
     is_inside = mask & (head == bound)
     both = is_above.to(tl.int32) * 65536 + is_inside.to(tl.int32)  # two prefix sums in one
     rank = tl.cumsum(both, 0) - both
-    tl.store(above + before_above + (rank >> 16), position, mask=is_above)
-    slot = before_inside + (rank & 0xFFFF)
-    tl.store(inside + slot, position, mask=is_inside & (slot < limit))
-    if rest is not None:
-        tl.store(rest + slot, key - (head << shift), mask=is_inside & (slot < limit))
     count = tl.sum(both, 0)
+    tl.store(above + before_above + (rank >> 16), position, mask=is_above)
+    rank &= 0xFFFF
+    is_inside &= rank < tl.minimum(limit - before_inside, 65536).to(tl.int32)
+    tl.store(inside + before_inside + rank, position, mask=is_inside)
+    if rest is not None:
+        tl.store(rest + before_inside + rank, key - (head << shift), mask=is_inside)
     return before_above + (count >> 16), before_inside + (count & 0xFFFF)
 
 
@@ -183,7 +184,7 @@ def _select(s: Stretches, k: int, n: int) -> Tensor:
     rest = torch.empty(limit, dtype=torch.int64 if dtype.itemsize == 8 else torch.int32, device=s.score.device)
     _gather[(len(s.first) - 1,)](
         s.score, s.other, s.table, s.first, starts, chosen, open_, rest if shift else None, bound, limit, shift,
-        BLOCK=BLOCK, ALIGN=s.align, num_warps=8,
+        BLOCK=BLOCK // 2, ALIGN=s.align, num_warps=8,  # a whole BLOCK of positions would spill registers
     )  # fmt: skip
     if shift:
         open_ = open_[rest.argsort(descending=True, stable=True)[:need]].sort().values

@@ -31,6 +31,9 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
 
+if not isinstance(tl.zeros, interpreter.InterpretedFunction):
+    raise ImportError("triton was imported before TRITON_INTERPRET=1 was set: import tests.triton.hardened earlier")
+
 Builder = interpreter.InterpreterBuilder
 BF16 = np.dtype(ml_dtypes.bfloat16)
 NATIVE = (tl.float16, tl.float32, tl.float64, tl.bfloat16)
@@ -47,8 +50,8 @@ class Traffic:
     """Bytes of one argument in one launch."""
 
     requested: int = 0  # by all lanes of all programs
-    sectors: int = 0  # bytes of the distinct sectors of each program: what a first-level cache asks for
-    distinct: int = 0  # bytes of the distinct sectors of the launch: what must come from memory once
+    sectors: int = 0  # in distinct 32-byte sectors of each program: what passes its first-level cache
+    distinct: int = 0  # at distinct addresses in the whole launch
 
 
 @dataclass
@@ -144,20 +147,20 @@ class Memory:
             raise RuntimeError(f"{self.kernel}: race on {self.names[argument]!r}: {what} ({int(wrong.sum())} addresses)")
 
     def record(self, launch: Launch) -> None:
-        sectors = defaultdict(list)  # (stored?, argument, program) -> sector numbers
+        """Add up the log; atomics count as stores."""
+        parts = defaultdict(list)  # (stored?, argument) -> accesses
         for kind, argument, at, size, program in self.log:
-            for stored in {"load": (False,), "store": (True,), "atomic": (False, True)}[kind]:
-                part = launch.stores if stored else launch.loads
-                part[self.names[argument]].requested += at.size * size
-                sectors[stored, argument, program].append(np.unique(at // np.uint64(SECTOR)))
-        whole = defaultdict(list)
-        for (stored, argument, _), lists in sectors.items():
-            distinct = np.unique(np.concatenate(lists))
-            (launch.stores if stored else launch.loads)[self.names[argument]].sectors += distinct.size * SECTOR
-            whole[stored, argument].append(distinct)
-        for (stored, argument), lists in whole.items():
-            distinct = np.unique(np.concatenate(lists)).size * SECTOR
-            (launch.stores if stored else launch.loads)[self.names[argument]].distinct += distinct
+            parts[kind != "load", argument].append((at, size, program))
+        for (stored, argument), accesses in parts.items():
+            traffic = (launch.stores if stored else launch.loads)[self.names[argument]]
+            size = accesses[0][1]
+            programs = defaultdict(list)
+            for at, _, program in accesses:
+                programs[program].append(at)
+            lists = {program: np.concatenate(ats) for program, ats in programs.items()}
+            traffic.requested += size * sum(at.size for at in lists.values())
+            traffic.sectors += SECTOR * sum(np.unique(at // np.uint64(SECTOR)).size for at in lists.values())
+            traffic.distinct += size * np.unique(np.concatenate(list(lists.values()))).size
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:

@@ -6,8 +6,9 @@ The kernels find all weights (scores) but the first through a table of addresses
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-import hardened
 from torch import Tensor
+
+from . import hardened  # isort: split
 
 from sparseft.kernels import scatter_delta, select_topk, sparse_adamw
 
