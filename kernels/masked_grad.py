@@ -137,7 +137,7 @@ def configuration(arch: int, dtype: torch.dtype, tile: tuple[int, int]) -> dict:
         "BLOCK_M": m,
         "BLOCK_N": n,
         "BLOCK_T": tokens,
-        "BLOCK_E": min(512, m * n),
+        "BLOCK_E": min(m * n, max(256, m * n // 8), 1024),
         "num_warps": min(8, max(1, m * n // 1024)),
         "num_stages": max(2, min(depth, 96 * 1024 // stage)),  # 96 KiB: what the smallest architecture has
     }
