@@ -1,1 +1,5 @@
-"""The operations as Triton kernels, one module each; installed as sparseft.kernels and imported only when used."""
+"""The four operations in Triton: one file each, the functions named and called as in `sparseft.reference`.
+
+Installed as `sparseft.kernels`; imported only when a kernel is asked for: importing sparseft needs neither triton nor
+a driver.
+"""

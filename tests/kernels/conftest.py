@@ -1,5 +1,6 @@
 """The fixtures of the operation table: who computes, and memory that notices stray writes."""
 
+import importlib.util
 from dataclasses import dataclass
 
 import pytest
@@ -8,6 +9,9 @@ import torch
 from sparseft import backend
 
 from .table import Memory
+
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    from ..triton import strict  # noqa: F401 (from here on, Triton kernels run in the strict interpreter)
 
 ALWAYS = ("reference", "cpu")  # these are never skipped: a missing C++ library is a failure
 
