@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from bench._machine import describe
+from bench.machine import describe
 
 METHODS = ("frozen", "sparse", "lora", "dense")
 BOUNDS = [("sparse", "lora", 1.0), ("sparse", "dense", 0.60)]  # (method, against, largest ratio)
