@@ -40,7 +40,8 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vec {
 
 #ifndef SPARSEFT_EMULATED
 enum class Access { read, write, write_fresh };
-inline void allow(const void*, size_t, Access) {}
+template <typename T>
+void allow(const T*, int64_t, Access) {}
 
 template <typename V>
 __device__ V load(const V* from) {
@@ -79,8 +80,9 @@ class Call {
 
   template <typename T>
   const T* input(const Tensor& tensor) const {
-    allow(tensor.const_data_ptr(), span(tensor) * sizeof(T), Access::read);
-    return static_cast<const T*>(tensor.const_data_ptr());
+    const T* data = static_cast<const T*>(tensor.const_data_ptr());
+    allow(data, span(tensor), Access::read);
+    return data;
   }
 
   template <typename T>
@@ -91,22 +93,19 @@ class Call {
   // `fresh`: the kernels read nothing of what is there now.
   template <typename T>
   T* output(const Tensor& tensor, bool fresh = false) const {
-    allow(tensor.const_data_ptr(), span(tensor) * sizeof(T), fresh ? Access::write_fresh : Access::write);
-    return static_cast<T*>(tensor.mutable_data_ptr());
+    T* data = static_cast<T*>(tensor.mutable_data_ptr());
+    allow(data, span(tensor), fresh ? Access::write_fresh : Access::write);
+    return data;
   }
 
   template <typename T>
   T* workspace(int64_t count) {
-    kept_.push_back(torch::stable::new_empty(like_, {bytes<T>(count)}, ScalarType::Byte));
-    allow(kept_.back().const_data_ptr(), bytes<T>(count), Access::write_fresh);
-    return static_cast<T*>(kept_.back().mutable_data_ptr());
+    return keep<T>(torch::stable::new_empty(like_, {bytes<T>(count)}, ScalarType::Byte), Access::write_fresh);
   }
 
   template <typename T>
   T* zeros(int64_t count) {
-    kept_.push_back(torch::stable::new_zeros(like_, {bytes<T>(count)}, ScalarType::Byte));
-    allow(kept_.back().const_data_ptr(), bytes<T>(count), Access::write);
-    return static_cast<T*>(kept_.back().mutable_data_ptr());
+    return keep<T>(torch::stable::new_zeros(like_, {bytes<T>(count)}, ScalarType::Byte), Access::write);
   }
 
   // `shared`: bytes of shared memory per block.
@@ -134,6 +133,14 @@ class Call {
       last += (tensor.size(i) - 1) * tensor.stride(i);
     }
     return last + 1;
+  }
+
+  template <typename T>
+  T* keep(const Tensor& memory, Access access) {
+    kept_.push_back(memory);
+    T* data = static_cast<T*>(memory.mutable_data_ptr());
+    allow(data, memory.numel() / static_cast<int64_t>(sizeof(T)), access);
+    return data;
   }
 
   template <typename T>

@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kThreads<kSide>) masked_grad(Problem<T> proble
   const int r0 = warp / 2 * kWarpRows, c0 = warp % 2 * kWarpCols;
   float sums[kDown][kAcross][4] = {};
   for (int64_t i = 0; i * kDepth < problem.depth; ++i) {
-    wait_for_copies<kStages - 2>();
+    wait_for_copies<kStages - 2>();  // groups past the end are empty: the last of these waits for all that is left
     __syncthreads();  // stage i is there for all, and all have done with stage i - 1, whose place is filled next
     fetch_stage(i + kStages - 1);
     auto& stage = shared.stages[i % kStages];
@@ -172,7 +172,6 @@ __global__ void __launch_bounds__(kThreads<kSide>) masked_grad(Problem<T> proble
       }
     }
   }
-  wait_for_copies<0>();
 
   for (int first = 0; first < kSide; first += kSlab) {
     __syncthreads();  // the memory of the stages, or of the slab before, is free

@@ -6,7 +6,7 @@ namespace sparseft {
 namespace {
 
 struct Hyper {
-  double log_beta1, log_beta2, beta1, beta2, eps, weight_decay;
+  double beta1, beta2, eps, weight_decay;
   bool maximize;
   double host_lr;  // used where both pointers are null: lr lies on the CPU
   const float* lr32;
@@ -40,8 +40,8 @@ struct Correction {
   __device__ void at(int64_t now, double lr, const Hyper& hyper) {
     if (now == age) return;
     age = now;
-    rate = static_cast<S>(lr / -expm1(static_cast<double>(now) * hyper.log_beta1));
-    root = static_cast<S>(sqrt(-expm1(static_cast<double>(now) * hyper.log_beta2)));
+    rate = static_cast<S>(lr / (1 - pow(hyper.beta1, static_cast<double>(now))));
+    root = static_cast<S>(sqrt(1 - pow(hyper.beta2, static_cast<double>(now))));
   }
 };
 
@@ -102,7 +102,7 @@ void sparse_adamw_cuda(std::vector<Tensor> weights, Tensor values, const Tensor&
                      grad_scale, found_inf);
   Call call(weights[0]);
   const Entries entries = make_entries(call, rows, cols, tiles, local, tile);
-  Hyper hyper{std::log(beta1), std::log(beta2), beta1, beta2, eps, weight_decay, maximize};
+  Hyper hyper{beta1, beta2, eps, weight_decay, maximize};
   const bool narrow = lr.scalar_type() == ScalarType::Float;
   if (lr.device() != weights[0].device()) {  // the host reads it
     hyper.host_lr = narrow ? *static_cast<const float*>(lr.const_data_ptr()) : *static_cast<const double*>(lr.const_data_ptr());

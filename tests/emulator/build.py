@@ -2,6 +2,8 @@
 
 import ctypes
 import hashlib
+import os
+import re
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +13,11 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 CACHE = ROOT / "build" / "emulator"
 FLAGS = [
-    "-std=c++17", "-fPIC", "-O1", "-g1", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas",
+    "-std=c++17", "-fPIC", "-O2", "-g1", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas",
     "-DSPARSEFT_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]  # fmt: skip
 KINDS = {  # flags of the emulator, of the kernels, of the link
@@ -25,38 +28,52 @@ KINDS = {  # flags of the emulator, of the kernels, of the link
 
 
 def build(kind: str = "checked", edit: Callable[[Path, str], str] = lambda path, text: text) -> Path:
-    """The library of one kind, compiled if its sources changed; `edit` may change a source's text first."""
-    include = [f"-I{path}" for path in cpp_extension.include_paths()]
-    texts = {path: edit(path, path.read_text()) for path in sorted((ROOT / "csrc").glob("cuda/*.cu*"))}
-    fixed = [ROOT / "csrc" / "common.h", *(Path(__file__).parent / f"emulator.{end}" for end in ("h", "cpp"))]
-    state = [kind, FLAGS, KINDS[kind], torch.__version__, *texts.values(), *(path.read_text() for path in fixed)]
-    folder = CACHE / f"{kind}-{hashlib.sha256(repr(state).encode()).hexdigest()[:16]}"
-    library = folder / "emulated.so"
-    if library.exists():
-        return library
-    (folder / "cuda").mkdir(parents=True, exist_ok=True)
-    for path, text in texts.items():
-        (folder / "cuda" / path.name).write_text(text)
-    (folder / "common.h").write_text(fixed[0].read_text())
-    host, kernels, link = KINDS[kind]
-    sources = sorted((folder / "cuda").glob("*.cu"))
-    common = ["g++", *FLAGS, *include, f"-I{Path(__file__).parent}"]
-    jobs = [[*common, *host, "-c", str(fixed[2]), "-o", str(folder / "emulator.o")]]
-    jobs += [[*common, *kernels, "-x", "c++", "-c", str(s), "-o", str(s.with_suffix(".o"))] for s in sources]
+    """The library of one kind; what has not changed is not compiled again. `edit` may change a source's text first."""
+    texts = {path.name: edit(path, path.read_text()) for path in sorted((ROOT / "csrc" / "cuda").iterdir())}
+    texts["common.h"] = (ROOT / "csrc" / "common.h").read_text()
+    texts |= {path.name: path.read_text() for path in HERE.glob("emulator.*")}
+    names = ["emulator.cpp", *(name for name in texts if name.endswith(".cu"))]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(_run, jobs))
-    objects = [str(folder / "emulator.o"), *(str(s.with_suffix(".o")) for s in sources)]
-    part = folder / "part.so"
-    torch_libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
-    _run(["g++", "-shared", *link, "-o", str(part), *objects, *torch_libraries])
-    part.rename(library)
+        objects = list(pool.map(lambda name: _compile(kind, name, texts), names))
+    library = CACHE / f"{kind}-{_digest([path.name for path in objects])}.so"
+    if not library.exists():
+        torch_libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
+        _make(library, ["g++", "-shared", *KINDS[kind][2], *map(str, objects), *torch_libraries])
     return library
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+def _compile(kind: str, name: str, texts: dict[str, str]) -> Path:
+    """The object of one source, from copies of it and of what it includes in a folder named after their content."""
+    needed, queue = set(), [name, "emulator.h"]
+    while queue:
+        file = queue.pop()
+        needed.add(file)
+        included = (match.rpartition("/")[2] for match in re.findall(r'#include "(.+)"', texts[file]))
+        queue += [found for found in included if found in texts and found not in needed]
+    flags = [*FLAGS, *KINDS[kind][0 if name == "emulator.cpp" else 1]]
+    flags += [f"-I{path}" for path in cpp_extension.include_paths()]
+    folder = CACHE / _digest([kind, name, flags, torch.__version__, [(file, texts[file]) for file in sorted(needed)]])
+    target = folder.with_suffix(".o")
+    if not target.exists():
+        for file in needed:
+            place = folder / ("common.h" if file == "common.h" else f"cuda/{file}")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(texts[file])
+        _make(target, ["g++", *flags, f"-I{folder}/cuda", "-x", "c++", "-c", str(folder / "cuda" / name)])
+    return target
+
+
+def _digest(state: object) -> str:
+    return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+
+
+def _make(target: Path, command: list[str]) -> None:
+    """Run a compiler; the file appears under its name once it is whole (two test processes may build at once)."""
+    part = target.with_suffix(f".{os.getpid()}")
+    done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    part.rename(target)
 
 
 @dataclass

@@ -1,7 +1,7 @@
 // Runs CUDA kernels on the CPU and checks them (see emulator.h). One source, three builds:
 //
 //   checked  The kernels are compiled with -fsanitize=thread, but the functions those hooks call are the ones below.
-//            A shadow cell for every two bytes of global and shared memory finds races, reads of memory that nobody
+//            A shadow cell for every element of global and shared memory finds races, reads of memory that nobody
 //            wrote, writes to inputs, and any access outside the tensors of the call or the block's shared memory.
 //   thread   EMULATOR_TSAN: gcc's ThreadSanitizer itself, every fiber one of its threads.
 //   address  EMULATOR_ASAN: gcc's AddressSanitizer.
@@ -21,6 +21,7 @@
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <unordered_map>
 #include <vector>
 
@@ -31,6 +32,12 @@ void* __tsan_create_fiber(unsigned);
 void __tsan_switch_to_fiber(void*, unsigned);
 void __tsan_acquire(void*);
 void __tsan_release(void*);
+void __tsan_read_range(void*, unsigned long);
+void __tsan_write_range(void*, unsigned long);
+void AnnotateIgnoreReadsBegin(const char*, int);
+void AnnotateIgnoreReadsEnd(const char*, int);
+void AnnotateIgnoreWritesBegin(const char*, int);
+void AnnotateIgnoreWritesEnd(const char*, int);
 }
 #else
 static void __tsan_acquire(void*) {}
@@ -47,11 +54,34 @@ void __asan_unpoison_memory_region(const void*, size_t);
 namespace emulator {
 namespace {
 
+#if defined(EMULATOR_TSAN) || defined(EMULATOR_ASAN)
+constexpr bool kChecked = false;
+#else
+constexpr bool kChecked = true;
+#endif
 constexpr int kWarp = 32;
 constexpr size_t kStack = 128 << 10;
-constexpr size_t kGranule = 2;    // bytes of a shadow cell: the smallest element
+constexpr size_t kSharedGranule = 4;  // bytes of a shadow cell of shared memory; of a tensor: its element
 constexpr uintptr_t kSector = 32;  // bytes that global memory moves at once
 constexpr uint8_t kPoison = 0xA5;
+
+// While one lives, ThreadSanitizer does not look: the scheduler's own data are no business of the kernels.
+struct Quiet {
+#ifdef EMULATOR_TSAN
+  Quiet() {
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  }
+  ~Quiet() {
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+  }
+#else
+  Quiet() {}
+  ~Quiet() {}
+#endif
+  Quiet(const Quiet&) = delete;
+};
 
 struct Options {
   uint64_t seed = 0;
@@ -61,7 +91,7 @@ struct Options {
   std::string torn;            // the place of an atomic that is none
 } options;
 
-std::set<std::string> places_seen;  // barriers and atomics that ran, "barrier file:line"
+std::set<std::tuple<const char*, const char*, int>> places_seen;  // barriers, waits and atomics that ran
 
 // ---- shadow memory -------------------------------------------------------------------------------------------------
 
@@ -73,21 +103,22 @@ struct Moment {  // who touched a cell, and when in that thread's terms
 
 struct Cell {
   Moment write, read, other_read;  // `other_read`: the last one by another warp than `read`'s
+  uint32_t owner;                  // of shared memory: which block's; another block's cell counts as empty
   bool initialised, atomic, in_flight;
 };
 
 // Zero pages on demand: tensors of many GiB cost only what is touched.
 class Shadow {
  public:
-  explicit Shadow(size_t bytes) : size_((bytes / kGranule + 2) * sizeof(Cell)) {
+  Shadow(size_t bytes, size_t granule) : granule(granule), size_((bytes / granule + 2) * sizeof(Cell)) {
     void* at = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (at == MAP_FAILED) throw std::bad_alloc();
     cells_ = static_cast<Cell*>(at);
   }
   ~Shadow() { munmap(cells_, size_); }
   Shadow(const Shadow&) = delete;
-  Cell& operator[](size_t offset) { return cells_[offset / kGranule]; }
-  void clear() { madvise(cells_, size_, MADV_DONTNEED); }
+  Cell& operator[](size_t offset) { return cells_[offset / granule]; }
+  const size_t granule;
 
  private:
   size_t size_;
@@ -174,6 +205,7 @@ struct Warp {
 
 struct Block {
   unsigned index;
+  uint32_t number;  // unique for ever
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   int alive = 0;
@@ -196,12 +228,15 @@ struct Machine {
   std::mt19937_64 random;
   std::vector<Thread*> runnable;
   std::vector<Stack> stacks;
+  std::vector<std::unique_ptr<Shadow>> shadows;  // of shared memory, for the next blocks of this launch
+  uint32_t started = 0;                          // blocks, ever
   void (*run)(const void*) = nullptr;
   size_t shared = 0;
   unsigned threads = 0;
   uint32_t launched = 0;  // threads of earlier launches of the call
   int64_t blocks = 0;
   std::string error;
+  char begun = 0, ended = 0;  // order a launch after what the host did before, and before what it does next
 } machine;
 
 std::string name(Place place) {
@@ -209,18 +244,18 @@ std::string name(Place place) {
   return std::string(slash ? slash + 1 : place.file) + ":" + std::to_string(place.line);
 }
 
-// "file:line" of an instruction, by the addr2line program.
+// "file:line" of an instruction, by the addr2line program; of a function inlined from emulator.h, where it was called.
 std::string source_of(const void* site) {
   Dl_info info{};
   if (!dladdr(site, &info)) return "unknown source";
   char command[512], line[512] = "";
   const auto offset = reinterpret_cast<uintptr_t>(site) - reinterpret_cast<uintptr_t>(info.dli_fbase) - 1;
-  snprintf(command, sizeof(command), "addr2line -s -e %s 0x%" PRIxPTR, info.dli_fname, offset);
+  snprintf(command, sizeof(command), "addr2line -s -i -e %s 0x%" PRIxPTR, info.dli_fname, offset);
   if (FILE* pipe = popen(command, "r")) {
-    if (!fgets(line, sizeof(line), pipe)) line[0] = 0;
+    while (fgets(line, sizeof(line), pipe) && strncmp(line, "emulator.h", 10) == 0) continue;
     pclose(pipe);
   }
-  line[strcspn(line, "\n")] = 0;
+  line[strcspn(line, " \n")] = 0;
   return line;
 }
 
@@ -240,6 +275,7 @@ void to_scheduler(bool finished = false) {
 }
 
 void yield() {
+  Quiet quiet;
   machine.runnable.push_back(machine.current);
   to_scheduler();
 }
@@ -260,20 +296,28 @@ void wait(const char* what, Place place) {
   for (;;) to_scheduler();
 }
 
+void finish() {
+  Quiet quiet;
+  Thread* self = machine.current;
+  Block* block = self->block;
+  self->copies.push_back(self->open);
+  for (const auto& group : self->copies) {
+    if (!group.empty()) fail("exit with copies still under way");
+  }
+  --block->alive;
+  if (!block->waiting.empty()) fail("exit while others of the block wait at the barrier " + name(block->place));
+}
+
 void enter() {
 #ifdef EMULATOR_ASAN
   __sanitizer_finish_switch_fiber(nullptr, &machine.stack_low, &machine.stack_size);
 #endif
+  __tsan_acquire(&machine.begun);
   machine.run(reinterpret_cast<const void*>(arguments.begin));
-  Block* block = machine.current->block;
-  if (!machine.current->copies.empty() || !machine.current->open.empty()) fail("exit with copies still under way");
-  --block->alive;
-  if (!block->waiting.empty()) {
-    fail("exit while others of the block wait at the barrier " + name(block->place));
-  }
+  __tsan_release(&machine.ended);
+  finish();
   for (;;) to_scheduler(true);
 }
-
 void resume(Thread* thread) {
   machine.current = thread;
   thread->waits_in = nullptr;
@@ -311,16 +355,19 @@ Stack take_stack() {
 std::unique_ptr<Block> make_block(unsigned index) {
   auto block = std::make_unique<Block>();
   block->index = index;
+  block->number = ++machine.started;
   block->threads.resize(machine.threads);
   block->warps.resize((machine.threads + kWarp - 1) / kWarp);
   block->alive = static_cast<int>(machine.threads);
   block->shared = new char[machine.shared];
   memset(block->shared, kPoison, machine.shared);
-#ifndef EMULATOR_TSAN
-#ifndef EMULATOR_ASAN
-  block->shadow = std::make_unique<Shadow>(machine.shared);
-#endif
-#endif
+  if (kChecked && machine.shadows.empty()) {
+    machine.shadows.push_back(std::make_unique<Shadow>(machine.shared, kSharedGranule));
+  }
+  if (kChecked) {
+    block->shadow = std::move(machine.shadows.back());
+    machine.shadows.pop_back();
+  }
   for (unsigned i = 0; i < machine.threads; ++i) {
     Thread& thread = block->threads[i];
     thread.block = block.get();
@@ -374,6 +421,7 @@ void flush_log(Block& block) {
 void free_block(Block& block) {
   flush_log(block);
   for (Thread& thread : block.threads) machine.stacks.push_back(thread.stack);
+  if (block.shadow) machine.shadows.push_back(std::move(block.shadow));
   delete[] block.shared;
 }
 
@@ -433,6 +481,15 @@ void check_cell(Cell& cell, Kind kind, size_t bytes, const void* site, const cha
   }
 }
 
+Cell& shared_cell(Block& block, size_t offset) {
+  Cell& cell = (*block.shadow)[offset];
+  if (cell.owner != block.number) {
+    cell = {};
+    cell.owner = block.number;
+  }
+  return cell;
+}
+
 bool is_constant(uintptr_t at, size_t bytes) {
   if (arguments.holds(at, bytes)) return true;
   for (const Range& segment : image) {
@@ -446,14 +503,20 @@ bool on_own_stack(uintptr_t at) {
 }
 
 void check_access(const void* pointer, size_t bytes, Kind kind, const void* site) {
-#if !defined(EMULATOR_TSAN) && !defined(EMULATOR_ASAN)
   Thread* self = machine.current;
   const auto at = reinterpret_cast<uintptr_t>(pointer);
-  if (self == nullptr || on_own_stack(at)) return;
+#ifdef EMULATOR_TSAN  // what the kernels do through functions of this file
+  if (kind == Kind::read) __tsan_read_range(const_cast<void*>(pointer), bytes);
+  if (kind == Kind::write) __tsan_write_range(const_cast<void*>(pointer), bytes);
+#endif
+  if (!kChecked || self == nullptr || on_own_stack(at)) return;
   Block& block = *self->block;
   const uintptr_t offset = at - reinterpret_cast<uintptr_t>(block.shared);
   if (offset < machine.shared && offset + bytes <= machine.shared) {
-    for (size_t i = 0; i < bytes; i += kGranule) check_cell((*block.shadow)[offset + i], kind, bytes, site, "shared memory");
+    const size_t first = offset / kSharedGranule * kSharedGranule;
+    for (size_t i = first; i < offset + bytes; i += kSharedGranule) {
+      check_cell(shared_cell(block, i), kind, bytes, site, "shared memory");
+    }
     return;
   }
   Region* region = region_at(at, bytes);
@@ -462,7 +525,7 @@ void check_access(const void* pointer, size_t bytes, Kind kind, const void* site
     fail("out of bounds: " + describe(kind, bytes, site));
   }
   if (kind != Kind::read && !region->writable) fail("input: " + describe(kind, bytes, site));
-  for (size_t i = 0; i < bytes; i += kGranule) {
+  for (size_t i = 0; i < bytes; i += region->shadow->granule) {
     Cell& cell = (*region->shadow)[at - region->begin + i];
     cell.initialised = cell.initialised || region->initialised;
     check_cell(cell, kind, bytes, site, "global memory");
@@ -473,9 +536,6 @@ void check_access(const void* pointer, size_t bytes, Kind kind, const void* site
       block.warps[self->index / kWarp].log[kind == Kind::write][{site, count}].push_back({at + i, std::min<size_t>(bytes - i, 16)});
     }
   }
-#else
-  (void)pointer, (void)bytes, (void)kind, (void)site;
-#endif
 }
 
 void mark_in_flight(const void* pointer, bool in_flight) {
@@ -483,11 +543,12 @@ void mark_in_flight(const void* pointer, bool in_flight) {
   if (!block.shadow) return;
   const size_t offset = static_cast<size_t>(static_cast<const char*>(pointer) - block.shared);
   if (offset >= machine.shared) fail("copy to memory that is not shared");
-  for (size_t i = 0; i < 16; i += kGranule) (*block.shadow)[offset + i].in_flight = in_flight;
+  for (size_t i = 0; i < 16; i += kSharedGranule) shared_cell(block, offset + i).in_flight = in_flight;
 }
 
 // All lanes of a warp meet here, each with a deposit; returns everybody's.
 const Slots& meet(unsigned mask, const void* deposit, size_t bytes, const char* what, Place place) {
+  Quiet quiet;
   Thread* self = machine.current;
   Warp& warp = self->block->warps[self->index / kWarp];
   const int lanes = std::min<int>(kWarp, static_cast<int>(machine.threads) - static_cast<int>(self->index / kWarp * kWarp));
@@ -495,7 +556,7 @@ const Slots& meet(unsigned mask, const void* deposit, size_t bytes, const char* 
   if (warp.arrived == 0) {
     warp.what = what;
     warp.place = place;
-  } else if (warp.what != what || name(warp.place) != name(place)) {
+  } else if (warp.what != what || !(warp.place == place)) {
     fail("lanes of one warp meet in " + std::string(what) + " at " + name(place) + " and in " + warp.what + " at " +
          name(warp.place));
   }
@@ -517,14 +578,20 @@ const Slots& meet(unsigned mask, const void* deposit, size_t bytes, const char* 
 }
 
 bool is_removed(const char* what, Place place) {
-  places_seen.insert(std::string(what) + " " + name(place));
-  return name(place) == options.removed;
+  Quiet quiet;
+  places_seen.insert({what, place.file, place.line});
+  return !options.removed.empty() && name(place) == options.removed;
+}
+
+bool is_torn(Place place) {
+  Quiet quiet;
+  places_seen.insert({"atomic", place.file, place.line});
+  return !options.torn.empty() && name(place) == options.torn;
 }
 
 template <typename T, typename F>
 T atomically(T* at, Place place, const void* site, const F& change) {
-  places_seen.insert("atomic " + name(place));
-  const bool torn = name(place) == options.torn;
+  const bool torn = is_torn(place);
   check_access(at, sizeof(T), torn ? Kind::read : Kind::atomic, site);
   if (torn) {
     const T before = *at;
@@ -564,11 +631,13 @@ Index block_index() { return {machine.current->block->index}; }
 Index block_size() { return {machine.threads, 1, 1}; }
 
 void begin_call() {
+  Quiet quiet;
   regions.clear();
   machine.launched = 0;
 }
 
-void allow_memory(const void* begin, size_t bytes, bool writable, bool initialised) {
+void allow_memory(const void* begin, size_t bytes, size_t element, bool writable, bool initialised) {
+  Quiet quiet;
   if (bytes == 0) return;
   const auto at = reinterpret_cast<uintptr_t>(begin);
   for (auto& region : regions) {
@@ -578,11 +647,12 @@ void allow_memory(const void* begin, size_t bytes, bool writable, bool initialis
     }
   }
   regions.push_back(std::make_unique<Region>(Region{at, at + bytes, writable, initialised}));
-  regions.back()->shadow = std::make_unique<Shadow>(bytes);
+  regions.back()->shadow = std::make_unique<Shadow>(bytes, element);
 }
 
 void launch_kernel(int64_t blocks, int threads, size_t shared, void (*run)(const void*), const void* argument,
                    size_t argument_bytes) {
+  Quiet quiet;
   if (image.empty()) dl_iterate_phdr(note_segment, reinterpret_cast<void*>(&note_segment));
   const auto at = reinterpret_cast<uintptr_t>(argument);
   arguments = {at, at + argument_bytes};
@@ -595,6 +665,7 @@ void launch_kernel(int64_t blocks, int threads, size_t shared, void (*run)(const
 #ifdef EMULATOR_TSAN
   machine.tsan = __tsan_get_current_fiber();
 #endif
+  __tsan_release(&machine.begun);
   std::vector<unsigned> order(static_cast<size_t>(blocks));
   for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<unsigned>(i);
   std::shuffle(order.begin(), order.end(), machine.random);
@@ -626,6 +697,8 @@ void launch_kernel(int64_t blocks, int threads, size_t shared, void (*run)(const
     if (!finished && machine.error.empty()) machine.error = deadlock(live);
   }
   for (auto& block : live) free_block(*block);
+  __tsan_acquire(&machine.ended);
+  machine.shadows.clear();
   machine.launched += static_cast<uint32_t>(blocks) * machine.threads;
   if (!machine.error.empty()) throw std::runtime_error("emulator: " + machine.error);
 }
@@ -638,16 +711,19 @@ void* shared_bytes(size_t bytes) {
 void read(void* to, const void* from, size_t bytes, size_t alignment) {
   if (reinterpret_cast<uintptr_t>(from) % alignment != 0) fail("misaligned vector load at " + source_of(__builtin_return_address(0)));
   check_access(from, bytes, Kind::read, __builtin_return_address(0));
+  Quiet quiet;
   memcpy(to, from, bytes);
 }
 
 void write(void* to, const void* from, size_t bytes, size_t alignment) {
   if (reinterpret_cast<uintptr_t>(to) % alignment != 0) fail("misaligned vector store at " + source_of(__builtin_return_address(0)));
   check_access(to, bytes, Kind::write, __builtin_return_address(0));
+  Quiet quiet;
   memcpy(to, from, bytes);
 }
 
 int barrier(bool predicate, Place place) {
+  Quiet quiet;
   Thread* self = machine.current;
   Block& block = *self->block;
   if (is_removed("barrier", place)) return predicate;
@@ -655,7 +731,7 @@ int barrier(bool predicate, Place place) {
   if (block.waiting.empty()) {
     block.place = place;
     block.holds = 0;
-  } else if (name(block.place) != name(place)) {
+  } else if (!(block.place == place)) {
     fail("threads wait at different barriers: " + name(block.place) + " and " + name(place));
   }
   block.holds += predicate;
@@ -691,6 +767,7 @@ unsigned ballot(unsigned mask, bool predicate, Place place) {
 
 void shuffle(unsigned mask, const void* mine, void* other, size_t bytes, int source, Place place) {
   const Slots& slots = meet(mask, mine, bytes, "a shuffle", place);
+  Quiet quiet;
   memcpy(other, slots.lane[source], bytes);
 }
 
@@ -728,11 +805,13 @@ void copy_async(void* to, const void* from, int bytes) {
   if (bytes < 0 || bytes > 16) fail("copy of " + std::to_string(bytes) + " bytes at " + source_of(site));
   if (bytes > 0) check_access(from, static_cast<size_t>(bytes), Kind::read, site);
   check_access(to, 16, Kind::write, site);
+  Quiet quiet;
   mark_in_flight(to, true);
   machine.current->open.push_back({static_cast<char*>(to), static_cast<const char*>(from), static_cast<size_t>(bytes), site});
 }
 
 void commit_copies() {
+  Quiet quiet;
   Thread* self = machine.current;
   self->copies.push_back(std::move(self->open));
   self->open.clear();
@@ -745,9 +824,11 @@ void wait_for_copies(int newest, Place place) {
     for (const Copy& copy : groups.front()) {
       mark_in_flight(copy.to, false);
       check_access(copy.to, 16, Kind::write, copy.site);
+      Quiet quiet;
       memset(copy.to, 0, 16);
       memcpy(copy.to, copy.from, copy.bytes);
     }
+    Quiet quiet;
     groups.erase(groups.begin());
   }
 }
@@ -758,6 +839,7 @@ void load_matrices(uint32_t (&to)[4], const void* row, Place place) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("misaligned matrix row at " + name(place));
   check_access(row, 16, Kind::read, __builtin_return_address(0));
   const Slots& slots = meet(~0u, row, 16, "ldmatrix", place);
+  Quiet quiet;
   const unsigned lane = machine.current->index % kWarp;
   for (unsigned matrix = 0; matrix < 4; ++matrix) {
     for (unsigned half = 0; half < 2; ++half) {  // transposed: element (row 2 (l % 4) + half, column l / 4)
@@ -768,13 +850,15 @@ void load_matrices(uint32_t (&to)[4], const void* row, Place place) {
 }
 
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*value)(uint16_t), Place place) {
-  uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  float mine[12];  // the elements in this lane's registers
+  for (unsigned i = 0; i < 12; ++i) mine[i] = value(static_cast<uint16_t>((i < 8 ? a[i / 2] : b[i / 2 - 4]) >> i % 2 * 16));
   const Slots& slots = meet(~0u, mine, sizeof(mine), "mma", place);
+  Quiet quiet;
   const unsigned lane = machine.current->index % kWarp;
-  const auto element = [&](unsigned holder, unsigned index) {  // a 16-bit element of another lane's registers
-    uint16_t bits;
-    memcpy(&bits, slots.lane[holder] + 2 * index, 2);
-    return static_cast<double>(value(bits));
+  const auto element = [&](unsigned holder, unsigned index) {
+    float there;
+    memcpy(&there, slots.lane[holder] + sizeof(float) * index, sizeof(float));
+    return static_cast<double>(there);
   };
   for (unsigned j = 0; j < 4; ++j) {
     const unsigned row = lane / 4 + j / 2 * 8, col = lane % 4 * 2 + j % 2;
@@ -802,7 +886,7 @@ EXPORT void emulator_configure(uint64_t seed, int resident, bool sectors, const 
 EXPORT const char* emulator_places() {
   static std::string text;
   text.clear();
-  for (const std::string& place : places_seen) text += place + "\n";
+  for (const auto& [what, file, line] : places_seen) text += std::string(what) + " " + name({file, line}) + "\n";
   return text.c_str();
 }
 

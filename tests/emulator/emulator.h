@@ -33,6 +33,7 @@ struct Index {
 struct Place {
   const char* file;
   int line;
+  bool operator==(const Place& other) const { return line == other.line && strcmp(file, other.file) == 0; }
 };
 #define EMULATOR_PLACE emulator::Place place = {__builtin_FILE(), __builtin_LINE()}
 
@@ -41,7 +42,7 @@ Index block_index();
 Index block_size();
 
 void begin_call();
-void allow_memory(const void* begin, size_t bytes, bool writable, bool initialised);
+void allow_memory(const void* begin, size_t bytes, size_t element, bool writable, bool initialised);
 void launch_kernel(int64_t blocks, int threads, size_t shared, void (*run)(const void*), const void* arguments,
                    size_t argument_bytes);
 
@@ -125,8 +126,10 @@ namespace sparseft {
 
 enum class Access { read, write, write_fresh };
 
-inline void allow(const void* begin, size_t bytes, Access access) {
-  emulator::allow_memory(begin, bytes, access != Access::read, access != Access::write_fresh);
+template <typename T>
+void allow(const T* begin, int64_t count, Access access) {
+  emulator::allow_memory(begin, static_cast<size_t>(count) * sizeof(T), std::min<size_t>(sizeof(T), 8), access != Access::read,
+                         access != Access::write_fresh);
 }
 
 template <typename V>
