@@ -1,7 +1,7 @@
 """Compiles every Triton kernel for GPUs that are not here and prints what the compiler made of it.
 
     python -m bench.compile_report            the table
-    python -m bench.compile_report --check    exit status 1 where a kernel exceeds its budget (bench/compile_budget.json)
+    python -m bench.compile_report --check    exits 1 where a kernel exceeds its budget (bench/compile_budget.json)
     python -m bench.compile_report --update   write the budgets anew
 
 The operations are called as a GPU would see them, on CPU tensors, with the launches intercepted: what is compiled is
@@ -16,15 +16,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
 import triton
+from sparseft.kernels import masked_grad, scatter_delta, select_topk, sparse_adamw
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from sparseft.kernels import masked_grad, scatter_delta, select_topk, sparse_adamw
 from sparseft.pattern import Pattern, pack
 
 ARCHITECTURES = {80: 108, 90: 132, 100: 148}  # compute capability -> processors (A100, H100, B200)
@@ -57,13 +58,13 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     """(label, a call that launches kernels), for every operation, dtype and configuration."""
     for name, dtype in FLOATS.items():
         for tile in ((64, 64), (128, 128), (16, 16)) if name == "bf16" else ((64, 64),):
-            yield f"{name} {tile[0]}x{tile[1]}", lambda d=dtype, t=tile: _masked_grad(d, t)
-        yield f"{name} panels", lambda d=dtype: _masked_grad(d, (64, 64), variant="panels")
+            yield f"{name} {tile[0]}x{tile[1]}", partial(_masked_grad, dtype, tile)
+        yield f"{name} panels", partial(_masked_grad, dtype, (64, 64), variant="panels")
         for mode in ("add", "copy", "swap"):
-            yield f"{name} {mode}", lambda d=dtype, m=mode: _scatter_delta(d, m)
-        yield name, lambda d=dtype: _sparse_adamw(d)
+            yield f"{name} {mode}", partial(_scatter_delta, dtype, mode)
+        yield name, partial(_sparse_adamw, dtype)
         for score in ("abs", "product"):
-            yield f"{name} {score}", lambda d=dtype, s=score: _select_topk(d, s)
+            yield f"{name} {score}", partial(_select_topk, dtype, score)
 
 
 def _layout(tile: tuple[int, int] = (64, 64)):
@@ -143,8 +144,12 @@ def compiled(arch: int) -> dict[str, dict[str, int]]:
 
 def facts(kernel) -> dict[str, int]:
     """Registers and bytes of spilled registers per thread, bytes of shared memory per block, counts of instructions."""
-    usage, code = _tool("cuobjdump", kernel.asm["cubin"], "--dump-resource-usage"), _tool("nvdisasm", kernel.asm["cubin"])
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
+    usage, code = (
+        _tool("cuobjdump", kernel.asm["cubin"], "--dump-resource-usage"),
+        _tool("nvdisasm", kernel.asm["cubin"]),
+    )
+    (found,) = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    registers, stack, local = map(int, found)
     counts = {name: len(re.findall(pattern, code)) for name, pattern in INSTRUCTIONS.items()}
     return {"registers": registers, "spills": stack + local, "shared": kernel.metadata.shared, **counts}
 
@@ -192,7 +197,9 @@ def main() -> int:
         keep = ("registers", "spills", "shared")
         budget = {f"sm_{a}": {n: {w: f[w] for w in keep} for n, f in r.items()} for a, r in reports.items()}
         lines = json.dumps(budget, indent=1)
-        BUDGET.write_text(re.sub(r"\{\n\s+(\"registers[^}]*?)\s+\}", lambda m: "{" + " ".join(m[1].split()) + "}", lines) + "\n")
+        BUDGET.write_text(
+            re.sub(r"\{\n\s+(\"registers[^}]*?)\s+\}", lambda m: "{" + " ".join(m[1].split()) + "}", lines) + "\n"
+        )
     if options.check:
         budget = json.loads(BUDGET.read_text())
         wrong = [line for arch, found in reports.items() for line in complaints(arch, found, budget[f"sm_{arch}"])]

@@ -34,8 +34,10 @@ ANY = (0, 10**9)
 CLEAN = {"stack": (0, 0), "local": (0, 0)}
 # (kernel, what is expected of it as (least, most)). Every kernel has to match a row.
 EXPECTED = [
-    (r"tensor_core::masked_grad<.*, 64>", CLEAN | {"registers": (1, 96), "mma": (16, 64), "matrix": (8, 32), "copy": (4, 24)}),
-    (r"tensor_core::masked_grad<.*, 128>", CLEAN | {"registers": (1, 168), "mma": (32, 128), "matrix": (12, 48), "copy": (4, 24)}),
+    (r"tensor_core::masked_grad<.*, 64>",
+     CLEAN | {"registers": (1, 96), "mma": (16, 64), "matrix": (8, 32), "copy": (4, 24)}),
+    (r"tensor_core::masked_grad<.*, 128>",
+     CLEAN | {"registers": (1, 168), "mma": (32, 128), "matrix": (12, 48), "copy": (4, 24)}),
     (r"compact_columns", CLEAN | {"registers": (1, 40)}),
     (r"plain::masked_grad<", CLEAN | {"registers": (1, 128), "mma": (0, 0), "barrier": (3, 8)}),
     (r"scatter_delta<", CLEAN | {"registers": (1, 96), "atomic": (0, 0)}),
@@ -59,7 +61,10 @@ class Kernel:
 
 def find_tool(name: str) -> str:
     """A program of the CUDA toolkit: from CUDA_HOME, the PATH, a usual folder, or the package triton."""
-    folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"), *sorted(Path("/usr/local").glob("cuda-*/bin"))]
+    folders = [
+        Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"),
+        *sorted(Path("/usr/local").glob("cuda-*/bin")),
+    ]
     if spec := find_spec("triton"):
         folders.append(Path(spec.origin or "").parent / "backends" / "nvidia" / "bin")
     found = shutil.which(name) or next((str(f / name) for f in folders if (f / name).exists()), None)
@@ -77,7 +82,9 @@ def read_library(library: Path) -> list[Kernel]:
     kernels = [kernel for part in found for kernel in part]
     names = _output("c++filt", *(kernel.name for kernel in kernels)).splitlines() if kernels else []
     for kernel, name in zip(kernels, names, strict=True):
-        kernel.name = re.sub(r"sparseft::|\(anonymous namespace\)::|c10::|void |\(.*", "", name.replace("(anonymous namespace)::", ""))
+        kernel.name = re.sub(
+            r"sparseft::|\(anonymous namespace\)::|c10::|void |\(.*", "", name.replace("(anonymous namespace)::", "")
+        )
     return kernels
 
 
@@ -125,7 +132,10 @@ def main() -> None:
     grouped = defaultdict(list)
     for kernel in kernels:
         grouped[kernel.name].append(kernel)
-    print(f"{'least-most over ' + str(len({k.architecture for k in kernels})) + ' architectures':44}", *(f"{c:>11}" for c in columns))
+    print(
+        f"{'least-most over ' + str(len({k.architecture for k in kernels})) + ' architectures':44}",
+        *(f"{c:>11}" for c in columns),
+    )
     for name, group in sorted(grouped.items()):
         cells = []
         for column in columns:

@@ -20,13 +20,11 @@ import sys
 from typing import NamedTuple
 
 import torch
-
-from tests.triton import strict  # isort: split (first: the kernels below are made for the interpreter)
-
 from sparseft.kernels.masked_grad import masked_grad_
 from sparseft.kernels.scatter_delta import scatter_delta_
 from sparseft.kernels.select_topk import select_topk
 from sparseft.kernels.sparse_adamw import sparse_adamw_
+
 from sparseft.pattern import Pattern
 from tests.triton.hardened import Launch, recorded
 

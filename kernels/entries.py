@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from sparseft.kernels.launch import Remembered
 from torch import Tensor
 
-from sparseft.kernels.launch import Remembered
 from sparseft.reference import ENTRY0, ENTRY1
 
 CHUNK = 1024

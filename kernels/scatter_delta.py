@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-
 from sparseft.kernels.entries import CHUNK, address_table, locate, plan
 from sparseft.kernels.launch import on
 

@@ -17,9 +17,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from sparseft.kernels.launch import on, processors
+from torch import Tensor
 
 BITS = 15  # of a key, told apart by one histogram
 BINS = 1 << BITS
@@ -38,10 +37,9 @@ def _key(score, other, at, mask):
         x = x.to(wide) * tl.load(other + at, mask=mask).to(wide)
     if x.dtype == tl.float64:
         return x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
-    elif x.dtype == tl.float32:
+    if x.dtype == tl.float32:
         return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    else:
-        return x.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+    return x.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
 
 
 @triton.jit
@@ -62,7 +60,8 @@ def _tally(histogram, key, mask, bound, lowest, shift, BITS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["bound", "lowest", "shift"])
 def _count(score, other, table, first, histograms, bound, lowest, shift,
-           BITS: tl.constexpr, BINS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
+           BITS: tl.constexpr, BINS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
+            ALIGN: tl.constexpr):  # fmt: skip
     program = tl.program_id(0)
     histogram = histograms + program.to(tl.int64) * BINS
     lane = tl.arange(0, BLOCK)

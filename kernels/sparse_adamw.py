@@ -1,4 +1,4 @@
-"""sparse_adamw: one AdamW step over the selected entries of all layers, and the write into their weights, in one launch.
+"""sparse_adamw: one AdamW step over the selected entries of all layers, and the write into their weights.
 
 Learning rate, step counts, gradient scale and the overflow flag are read from device memory: the launch can be
 captured in a CUDA graph and replayed.
@@ -8,7 +8,6 @@ import math
 
 import triton
 import triton.language as tl
-
 from sparseft.kernels.entries import CHUNK, address_table, locate, plan
 from sparseft.kernels.launch import on
 

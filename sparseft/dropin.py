@@ -51,7 +51,7 @@ class FirstBackward:
             raise ValueError(f"density {density} selects no entry")
         check_tile(tile)
         if _processes() > 1:
-            raise ValueError("density: the drop-in door selects from one process's gradient; for data parallel training "
+            raise ValueError("density: the drop-in door selects from one process's gradient; to train in parallel, "
                              "sparsify the model with the same patterns everywhere, then wrap it")  # fmt: skip
         for _, p in weights:
             if not p.is_contiguous() or not p.is_floating_point() or p.numel() == 0:

@@ -61,7 +61,9 @@ __device__ S& shared_memory() {
 }
 #endif
 
-inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+inline bool is_aligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
 
 // ---- the host side of a call -----------------------------------------------------------------------------------
 
@@ -119,7 +121,7 @@ class Call {
     if (shared > (48 << 10)) {  // more than every device grants unasked
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
     }
-    kernel<<<static_cast<unsigned>(blocks), threads, shared, stream_>>>(arguments...);
+    kernel<<<static_cast<unsigned>(blocks), threads, shared, stream_> > >(arguments...);
     check(cudaGetLastError());
 #endif
   }
@@ -218,9 +220,9 @@ struct Entries {
   const Tile* tiles;
   int64_t tile_count;
   const uint16_t* local;
-  int64_t count;           // k
+  int64_t count;  // k
   int tile_rows, tile_cols;
-  uint64_t reciprocal;     // ceil(2^32 / tile_cols): exact for the division of 16-bit positions
+  uint64_t reciprocal;  // ceil(2^32 / tile_cols): exact for the division of 16-bit positions
 
   // Row and column inside the tile.
   __device__ int row(unsigned position) const { return static_cast<int>(position * reciprocal >> 32); }

@@ -73,11 +73,11 @@ __global__ void __launch_bounds__(kThreads) masked_grad(Problem<T> problem) {
 
 namespace tensor_core {
 
-constexpr int kDepth = 32;   // t per stage
-constexpr int kStages = 3;   // two are being copied while one is multiplied
+constexpr int kDepth = 32;  // t per stage
+constexpr int kStages = 3;  // two are being copied while one is multiplied
 constexpr int kWarpRows = 32;
-constexpr int kChunk = 8;    // neighbouring columns that move at once: 16 bytes
-constexpr int kSlab = 64;    // rows handed out at a time
+constexpr int kChunk = 8;                          // neighbouring columns that move at once: 16 bytes
+constexpr int kSlab = 64;                          // rows handed out at a time
 constexpr int kFewGathered = 32, kFewCompact = 4;  // below this, gathering columns moves less than reading the part
 
 template <int kSide>
@@ -192,7 +192,8 @@ __global__ void __launch_bounds__(kThreads<kSide>) masked_grad(Problem<T> proble
 
 // to[t][c] = the operand's active column c at t, rows padded to whole chunks.
 template <typename T>
-__global__ void __launch_bounds__(256) compact_columns(Operand<T> from, int64_t t0, int64_t depth, T* to, int64_t pitch) {
+__global__ void __launch_bounds__(256)
+    compact_columns(Operand<T> from, int64_t t0, int64_t depth, T* to, int64_t pitch) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= depth * pitch) return;
   const int64_t column = from.column(i % pitch);
@@ -203,7 +204,8 @@ constexpr int64_t kWorkspace = 64 << 20;  // bytes of compact copies at a time
 
 template <typename T, int kSide>
 void run(Call& call, Problem<T> problem) {
-  const int64_t parts = problem.entries.tile_count * parts_down(problem.entries, kSide) * parts_across(problem.entries, kSide);
+  const int64_t parts =
+      problem.entries.tile_count * parts_down(problem.entries, kSide) * parts_across(problem.entries, kSide);
   const auto multiply = [&] {
     call.launch(masked_grad<T, kSide>, parts, kThreads<kSide>, sizeof(Memory<kSide>), problem);
   };
@@ -259,10 +261,16 @@ void masked_grad_cuda(Tensor out, const Tensor& grad_out, const Tensor& input, s
   const Entries entries = make_entries(call, rows, cols, tiles, local, tile);
   visit_float(grad_out.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Problem<T> problem{make_operand<T>(call, left, rows), make_operand<T>(call, right, cols), left.size(0),
-                             entries, plain::kFew, call.output<Wide<T>>(out), accumulate};
+    const Problem<T> problem{make_operand<T>(call, left, rows),
+                             make_operand<T>(call, right, cols),
+                             left.size(0),
+                             entries,
+                             plain::kFew,
+                             call.output<Wide<T>>(out),
+                             accumulate};
     if constexpr (sizeof(T) > 2) {
-      const int64_t parts = entries.tile_count * parts_down(entries, plain::kSide) * parts_across(entries, plain::kSide);
+      const int64_t parts =
+          entries.tile_count * parts_down(entries, plain::kSide) * parts_across(entries, plain::kSide);
       call.launch(plain::masked_grad<T>, parts, plain::kThreads, sizeof(plain::Memory<T>), problem);
     } else if (entries.tile_rows >= 128 && entries.tile_cols >= 128) {
       tensor_core::run<T, 128>(call, problem);
@@ -274,6 +282,8 @@ void masked_grad_cuda(Tensor out, const Tensor& grad_out, const Tensor& input, s
 
 }  // namespace
 
-SPARSEFT_CUDA_OPS(m) { m.impl("masked_grad_", TORCH_BOX(&masked_grad_cuda)); }
+SPARSEFT_CUDA_OPS(m) {
+  m.impl("masked_grad_", TORCH_BOX(&masked_grad_cuda));
+}
 
 }  // namespace sparseft

@@ -28,7 +28,7 @@ struct Problem {
   Operand<T> rows, cols;  // grad_out, input
   int64_t depth;          // T
   Entries entries;
-  int64_t few;            // a part with at most so many entries is computed entry by entry
+  int64_t few;  // a part with at most so many entries is computed entry by entry
   Wide<T>* out;
   bool accumulate;
 

@@ -31,7 +31,9 @@ __device__ inline void copy_async(void* to, const void* from, int bytes) {
 }
 
 // Ends a group of copies.
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" : : : "memory"); }
+__device__ inline void commit_copies() {
+  asm volatile("cp.async.commit_group;" : : : "memory");
+}
 
 // Waits until at most the `newest` last groups of this thread are under way.
 template <int newest>

@@ -7,7 +7,8 @@ namespace {
 template <typename W, typename V>
 __device__ W combine(W weight, V value, WriteMode mode, double alpha) {
   using S = Wide<W>;
-  if (mode == WriteMode::add) return static_cast<W>(static_cast<S>(weight) + static_cast<S>(alpha) * static_cast<S>(value));
+  if (mode == WriteMode::add)
+    return static_cast<W>(static_cast<S>(weight) + static_cast<S>(alpha) * static_cast<S>(value));
   if constexpr (std::is_same_v<W, V>) {
     return value;  // bit for bit
   } else {
@@ -62,6 +63,8 @@ void scatter_delta_cuda(std::vector<Tensor> weights, Tensor values, const Tensor
 
 }  // namespace
 
-SPARSEFT_CUDA_OPS(m) { m.impl("scatter_delta_", TORCH_BOX(&scatter_delta_cuda)); }
+SPARSEFT_CUDA_OPS(m) {
+  m.impl("scatter_delta_", TORCH_BOX(&scatter_delta_cuda));
+}
 
 }  // namespace sparseft

@@ -100,7 +100,8 @@ __device__ int read_keys(const Segment<T>& segment, int64_t at, bool aligned,
   return count;
 }
 
-// ---- threshold -------------------------------------------------------------------------------------------------------
+// ---- threshold
+// -------------------------------------------------------------------------------------------------------
 
 // Counts, for the keys that equal the prefix so far, the digit [shift, shift + digit).
 template <typename T, bool kProduct>
@@ -168,9 +169,12 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__global__ void begin_selection(Selection* selection, int64_t k) { *selection = {0, k, 0, 0}; }
+__global__ void begin_selection(Selection* selection, int64_t k) {
+  *selection = {0, k, 0, 0};
+}
 
-// ---- compaction ------------------------------------------------------------------------------------------------------
+// ---- compaction
+// ------------------------------------------------------------------------------------------------------
 
 // A chunk's published count: the top two bits say what the others are.
 constexpr uint64_t kOwn = uint64_t{1} << 62;    // the chunk's own count
@@ -222,8 +226,7 @@ __global__ void __launch_bounds__(kThreads)
   unsigned sum = 0;
   for (int round = 0; round < kRounds; ++round) {
     typename Key<T, kProduct>::Bits keys[kWidth<T>];
-    const int count =
-        read_keys<T, kProduct>(segment, base + (round * kWarp + lane) * kWidth<T>, aligned, keys);
+    const int count = read_keys<T, kProduct>(segment, base + (round * kWarp + lane) * kWidth<T>, aligned, keys);
     larger[round] = tied[round] = 0;
     for (int j = 0; j < count; ++j) {
       const uint64_t upper = static_cast<uint64_t>(keys[j]) >> shift;
@@ -275,7 +278,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// ---- host ------------------------------------------------------------------------------------------------------------
+// ---- host
+// ------------------------------------------------------------------------------------------------------------
 
 template <typename T, bool kProduct>
 void run(Call& call, const std::vector<Tensor>& scores, const std::vector<Tensor>& others, int64_t k, int64_t* out) {
@@ -285,7 +289,8 @@ void run(Call& call, const std::vector<Tensor>& scores, const std::vector<Tensor
   for (size_t i = 0; i < scores.size(); ++i) {
     const int64_t size = scores[i].numel();
     if (size == 0) continue;
-    segments.push_back({call.input<T>(scores[i]), kProduct ? call.input<T>(others[i]) : nullptr, size, positions, chunks});
+    segments.push_back(
+        {call.input<T>(scores[i]), kProduct ? call.input<T>(others[i]) : nullptr, size, positions, chunks});
     aligned = aligned && is_aligned(segments.back().scores) && is_aligned(segments.back().others);
     positions += size;
     chunks += (size + kChunk - 1) / kChunk;
@@ -301,8 +306,8 @@ void run(Call& call, const std::vector<Tensor>& scores, const std::vector<Tensor
   for (int shift = Key<T, kProduct>::bits; shift > 0;) {
     const int digit = std::min(kDigit, shift);
     shift -= digit;
-    call.launch(count_digit<T, kProduct>, blocks, kThreads, (size_t{1} << digit) * 2, table, aligned, chunks,
-                selection, shift, digit, bins);
+    call.launch(count_digit<T, kProduct>, blocks, kThreads, (size_t{1} << digit) * 2, table, aligned, chunks, selection,
+                shift, digit, bins);
     call.launch(choose_digit, 1, kThreads, sizeof(DigitMemory), selection, shift, digit, bins);
   }
   auto* status = call.zeros<uint64_t>(2 * chunks);
@@ -327,6 +332,8 @@ Tensor select_topk_cuda(std::vector<Tensor> scores, std::vector<Tensor> others, 
 
 }  // namespace
 
-SPARSEFT_CUDA_OPS(m) { m.impl("select_topk", TORCH_BOX(&select_topk_cuda)); }
+SPARSEFT_CUDA_OPS(m) {
+  m.impl("select_topk", TORCH_BOX(&select_topk_cuda));
+}
 
 }  // namespace sparseft

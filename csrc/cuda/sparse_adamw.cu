@@ -80,8 +80,7 @@ __global__ void __launch_bounds__(kEntryThreads)
       const S target = state.base != nullptr ? static_cast<S>(base[i]) : S{0};
       w[i] -= decay * (w[i] - target);
       // torch.lerp's two forms: each is exact at its own end
-      m[i] = fresh1 < S{0.5} ? m[i] + fresh1 * (gradient - m[i])
-                             : gradient - (gradient - m[i]) * (S{1} - fresh1);
+      m[i] = fresh1 < S{0.5} ? m[i] + fresh1 * (gradient - m[i]) : gradient - (gradient - m[i]) * (S{1} - fresh1);
       v[i] = v[i] * beta2 + fresh2 * gradient * gradient;
       w[i] -= correction.rate * m[i] / (sqrt(v[i]) / correction.root + eps);
       *at.weight[i] = static_cast<W>(w[i]);
@@ -105,7 +104,8 @@ void sparse_adamw_cuda(std::vector<Tensor> weights, Tensor values, const Tensor&
   Hyper hyper{beta1, beta2, eps, weight_decay, maximize};
   const bool narrow = lr.scalar_type() == ScalarType::Float;
   if (lr.device() != weights[0].device()) {  // the host reads it
-    hyper.host_lr = narrow ? *static_cast<const float*>(lr.const_data_ptr()) : *static_cast<const double*>(lr.const_data_ptr());
+    hyper.host_lr =
+        narrow ? *static_cast<const float*>(lr.const_data_ptr()) : *static_cast<const double*>(lr.const_data_ptr());
   } else if (narrow) {
     hyper.lr32 = call.input<float>(lr);
   } else {
@@ -131,6 +131,8 @@ void sparse_adamw_cuda(std::vector<Tensor> weights, Tensor values, const Tensor&
 
 }  // namespace
 
-SPARSEFT_CUDA_OPS(m) { m.impl("sparse_adamw_", TORCH_BOX(&sparse_adamw_cuda)); }
+SPARSEFT_CUDA_OPS(m) {
+  m.impl("sparse_adamw_", TORCH_BOX(&sparse_adamw_cuda));
+}
 
 }  // namespace sparseft

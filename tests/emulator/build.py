@@ -100,10 +100,17 @@ class Emulator:
         self._library = ctypes.CDLL(str(library))
         for name in ("emulator_places", "emulator_traffic"):
             getattr(self._library, name).restype = ctypes.c_char_p
-        self._library.emulator_configure.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_bool, *[ctypes.c_char_p] * 2]
+        self._library.emulator_configure.argtypes = [
+            ctypes.c_uint64,
+            ctypes.c_int,
+            ctypes.c_bool,
+            *[ctypes.c_char_p] * 2,
+        ]
         self.configure()
 
-    def configure(self, seed: int = 0, resident: int = 3, sectors: bool = False, removed: str = "", torn: str = "") -> None:
+    def configure(
+        self, seed: int = 0, resident: int = 3, sectors: bool = False, removed: str = "", torn: str = ""
+    ) -> None:
         """Choose the order of the threads.
 
         Args:

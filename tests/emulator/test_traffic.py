@@ -42,9 +42,11 @@ def test_sparse_adamw(emulator, layout, dtype):
     values, grad, exp_avg, exp_avg_sq = (torch.rand(ENTRIES) for _ in range(4))
     base = torch.zeros(ENTRIES, dtype=dtype)
     torch.ops.sparseft_cuda.sparse_adamw_([weight], values, grad, exp_avg, exp_avg_sq, base, torch.tensor([1]), None,
-                                          *layout, torch.tensor(0.1), 0.9, 0.999, 1e-8, 0.1, False, None, None)  # fmt: skip
+                                          *layout, torch.tensor(0.1), 0.9, 0.999, 1e-8, 0.1, False,
+                                           None, None)  # fmt: skip
     assert_streamed(emulator, {"values": (values, True), "grad": (grad, False), "exp_avg": (exp_avg, True),
-                               "exp_avg_sq": (exp_avg_sq, True), "base": (base, False), "local": (layout[3], False)})  # fmt: skip
+                               "exp_avg_sq": (exp_avg_sq, True), "base": (base, False),
+                                "local": (layout[3], False)})  # fmt: skip
     assert_model(emulator.traffic(weight)[1], weight)
     assert emulator.traffic(weight)[0].requests == 0, "the weights are only written"
 

@@ -144,7 +144,9 @@ class Memory:
 
     def _refuse(self, wrong: np.ndarray, argument: int, what: str) -> None:
         if wrong.any():
-            raise RuntimeError(f"{self.kernel}: race on {self.names[argument]!r}: {what} ({int(wrong.sum())} addresses)")
+            raise RuntimeError(
+                f"{self.kernel}: race on {self.names[argument]!r}: {what} ({int(wrong.sum())} addresses)"
+            )
 
     def record(self, launch: Launch) -> None:
         """Add up the log; atomics count as stores."""
@@ -324,4 +326,3 @@ interpreter._get_np_dtype = get_np_dtype
 Builder.cast_impl, Builder.create_fp_to_fp, Builder.create_dot = cast_impl, create_fp_to_fp, create_dot
 Builder.create_fp_trunc = Builder.create_fp_ext = lambda self, source, dtype: self.cast_impl(source, dtype)
 Builder.get_bf16 = lambda self, value: TensorHandle(np.array([value], BF16), tl.bfloat16)
-
