@@ -1,7 +1,7 @@
 """Compiles every Triton kernel for GPUs that are not here and prints what the compiler made of it.
 
     python -m bench.compile_report            the table
-    python -m bench.compile_report --check    exit status 1 where a kernel exceeds its budget (bench/compile_budget.json)
+    python -m bench.compile_report --check    exit status 1 where a kernel exceeds its budget (compile_budget.json)
     python -m bench.compile_report --update   write the budgets anew
 
 The operations are called as a GPU would see them, on CPU tensors, with the launches intercepted: what is compiled is
@@ -142,8 +142,9 @@ def compiled(arch: int) -> dict[str, dict[str, int]]:
 
 
 def facts(kernel) -> dict[str, int]:
-    """Registers and bytes of spilled registers per thread, bytes of shared memory per block, counts of instructions."""
-    usage, code = _tool("cuobjdump", kernel.asm["cubin"], "--dump-resource-usage"), _tool("nvdisasm", kernel.asm["cubin"])
+    """Per thread registers and bytes of them spilled, per block bytes of shared memory; counts of instructions."""
+    usage = _tool("cuobjdump", kernel.asm["cubin"], "--dump-resource-usage")
+    code = _tool("nvdisasm", kernel.asm["cubin"])
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
     counts = {name: len(re.findall(pattern, code)) for name, pattern in INSTRUCTIONS.items()}
     return {"registers": registers, "spills": stack + local, "shared": kernel.metadata.shared, **counts}
@@ -192,7 +193,9 @@ def main() -> int:
         keep = ("registers", "spills", "shared")
         budget = {f"sm_{a}": {n: {w: f[w] for w in keep} for n, f in r.items()} for a, r in reports.items()}
         lines = json.dumps(budget, indent=1)
-        BUDGET.write_text(re.sub(r"\{\n\s+(\"registers[^}]*?)\s+\}", lambda m: "{" + " ".join(m[1].split()) + "}", lines) + "\n")
+        BUDGET.write_text(
+            re.sub(r"\{\n\s+(\"registers[^}]*?)\s+\}", lambda m: "{" + " ".join(m[1].split()) + "}", lines) + "\n"
+        )
     if options.check:
         budget = json.loads(BUDGET.read_text())
         wrong = [line for arch, found in reports.items() for line in complaints(arch, found, budget[f"sm_{arch}"])]

@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 import torch
 
-from tests.triton import strict  # isort: split (first: the kernels below are made for the interpreter)
+from tests.triton import strict  # noqa: F401 (first: it makes the kernels below run in the interpreter)
 
+# isort: split
 from sparseft.kernels.masked_grad import masked_grad_
 from sparseft.kernels.scatter_delta import scatter_delta_
 from sparseft.kernels.select_topk import select_topk
