@@ -39,17 +39,20 @@ BENCHES = $(patsubst bench/%.py,bench.%,$(shell grep -l __main__ bench/*.py))
 bench: $(STAMPS)/bench
 	set -e; for module in $(BENCHES); do echo "== $$module"; $(BIN)/python -m $$module; done
 
-wheel: $(STAMPS)/package
+# The libraries must use nothing but torch's stable ABI, and no more of it than torch 2.10 has.
+wheel: $(STAMPS)/wheel
 	rm -rf build dist
+	$(BIN)/torch-abi-audit --check torch sparseft/*.so
 	SPARSEFT_CUDA=0 $(PIP) wheel . --no-deps --no-build-isolation --wheel-dir dist/cpu
 	@if $(BIN)/python -c "import sys, setup; toolkit, why = setup.choose_cuda(); print('CUDA wheel:', why); sys.exit(not toolkit)"; \
 	then SPARSEFT_CUDA=1 $(PIP) wheel . --no-deps --no-build-isolation --wheel-dir dist/cuda; \
 	else echo "no CUDA wheel"; fi
 	@ls dist/*/*.whl
 
-gpu: $(STAMPS)/bench
+gpu: $(STAMPS)/package
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else \
 	  f'make gpu: no GPU here: torch {torch.__version__} finds no CUDA device')"
+	$(MAKE) $(STAMPS)/bench
 	$(BIN)/python -m pytest --benchmark-disable
 	$(MAKE) bench
 
@@ -87,6 +90,10 @@ $(STAMPS)/demo: pyproject.toml | $(STAMPS)/package
 
 $(STAMPS)/bench: pyproject.toml | $(STAMPS)/test $(STAMPS)/demo
 	$(PIP) install "sparseft[bench]"
+	@touch $@
+
+$(STAMPS)/wheel: pyproject.toml | $(STAMPS)/package
+	$(PIP) install "sparseft[wheel]"
 	@touch $@
 
 $(STAMPS)/lint: pyproject.toml | $(STAMPS)/package

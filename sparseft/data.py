@@ -7,7 +7,7 @@ A row is a conversation, `{"messages": [{"role": ..., "content": ...}, ...]}`, o
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,52 +21,6 @@ IGNORE = -100  # the label of a position without loss, as everywhere in transfor
 ROLES = ("system", "user", "assistant", "tool")
 
 Row = dict[str, Any]
-
-
-def read_rows(source: str | Path, split: str = "train") -> list[Row]:
-    """All rows of a JSONL file or of a Hub data set, checked.
-
-    Args:
-        source: path of a `.jsonl` file, or a data set name such as `org/name` (needs the package `datasets`).
-        split: which split of a Hub data set.
-
-    Raises:
-        ValueError: no such file, no rows, or a broken row; the message names the file and the line.
-    """
-    path = Path(source)
-    if path.is_file():
-        rows = _read_jsonl(path)
-    elif path.suffix or path.is_absolute() or str(source).startswith("."):
-        raise ValueError(f"data: there is no file {source}")
-    else:
-        rows = _read_hub(str(source), split)
-    if not rows:
-        raise ValueError(f"data: {source} holds no rows")
-    return rows
-
-
-def _read_jsonl(path: Path) -> list[Row]:
-    rows = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{where}: not valid JSON ({error})") from error
-            rows.append(check_row(row, where))
-    return rows
-
-
-def _read_hub(name: str, split: str) -> list[Row]:
-    if importlib.util.find_spec("datasets") is None:
-        raise ValueError(f"data: {name!r} is not a file, and a Hub data set needs the package `datasets` "
-                         "(python -m pip install datasets)")  # fmt: skip
-    from datasets import load_dataset
-
-    return [check_row(dict(row), f"{name}[{split}], row {i}") for i, row in enumerate(load_dataset(name, split=split))]
 
 
 def check_row(row: object, where: str) -> Row:
@@ -102,6 +56,68 @@ def _check_messages(messages: object, where: str) -> None:
             raise ValueError(f"{where}: messages[{i}] is an empty answer")
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
         raise ValueError(f"{where}: 'messages' must end with an answer (role 'assistant') to something")
+
+
+def check_question(row: object, where: str) -> Row:
+    """The row itself if it asks for an answer, by a `prompt` or a `question`; otherwise ValueError at `where`."""
+    names = [name for name in ("prompt", "question") if isinstance(row, dict) and name in row]
+    if not isinstance(row, dict) or len(names) != 1 or not isinstance(row[names[0]], str) or not row[names[0]].strip():
+        raise ValueError(
+            f"{where}: expected a JSON object with either 'prompt' or 'question', a text that is not empty"
+        )
+    return row
+
+
+def plain_question(row: Row) -> str:
+    """How a `question` is put to any model, whatever its chat format."""
+    return f"Question: {row['question']}\nAnswer:"
+
+
+def read_rows(source: str | Path, split: str = "train", check: Callable[[object, str], Row] = check_row) -> list[Row]:
+    """All rows of a JSONL file or of a Hub data set, checked.
+
+    Args:
+        source: path of a `.jsonl` file, or a data set name such as `org/name` (needs the package `datasets`).
+        split: which split of a Hub data set.
+        check: `check_row`, or `check_question` for rows without answers.
+
+    Raises:
+        ValueError: no such file, no rows, or a broken row; the message names the file and the line.
+    """
+    path = Path(source)
+    if path.is_file():
+        rows = _read_jsonl(path, check)
+    elif path.suffix or path.is_absolute() or str(source).startswith("."):
+        raise ValueError(f"data: there is no file {source}")
+    else:
+        rows = _read_hub(str(source), split, check)
+    if not rows:
+        raise ValueError(f"data: {source} holds no rows")
+    return rows
+
+
+def _read_jsonl(path: Path, check: Callable[[object, str], Row]) -> list[Row]:
+    rows = []
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise ValueError(f"{where}: not valid JSON ({error})") from error
+            rows.append(check(row, where))
+    return rows
+
+
+def _read_hub(name: str, split: str, check: Callable[[object, str], Row]) -> list[Row]:
+    if importlib.util.find_spec("datasets") is None:
+        raise ValueError(f"data: {name!r} is not a file, and a Hub data set needs the package `datasets` "
+                         "(python -m pip install datasets)")  # fmt: skip
+    from datasets import load_dataset
+
+    return [check(dict(row), f"{name}[{split}], row {i}") for i, row in enumerate(load_dataset(name, split=split))]
 
 
 def reference(row: Row) -> str:
@@ -146,6 +162,12 @@ class Encoder:
         """Token ids of everything before the row's (last) answer."""
         return [token for text, _ in self._segments(row)[:-1] for token in self._ids(text)]
 
+    def question(self, row: Row) -> list[int]:
+        """Token ids of a row without an answer: its `prompt` in the model's format, or its `question` as plain text."""
+        if "question" in row:
+            return self.tokenizer(plain_question(row)).input_ids
+        return self.prompt({"prompt": row["prompt"], "completion": "."})
+
     def example(self, row: Row) -> dict[str, list[int]]:
         """`input_ids` and `labels` of the row, both of its full length; labels are IGNORE outside of the answers."""
         input_ids, labels = [], []
@@ -170,9 +192,13 @@ class Encoder:
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        return self._chat(messages, answers) or self._chat(messages, answers[-1:], strict=True)
+        pieces = self._chat(messages, answers) or self._chat(messages, answers[-1:])
+        if pieces is None:
+            raise ValueError("this tokenizer's chat template does not put the answer behind its own prompt; "
+                             "use chat_template=False")  # fmt: skip
+        return pieces
 
-    def _chat(self, messages: list[dict], answers: list[int], strict: bool = False) -> list[tuple[str, bool]] | None:
+    def _chat(self, messages: list[dict], answers: list[int]) -> list[tuple[str, bool]] | None:
         """The pieces with these turns learned; None where the template rewrites earlier turns later on."""
         pieces: list[tuple[str, bool]] = []
         done = ""
@@ -180,9 +206,6 @@ class Encoder:
         for i in answers:
             before, after = self._render(messages[:i], True), self._render(messages[: i + 1])
             if not (before.startswith(done) and after.startswith(before) and whole.startswith(after)):
-                if strict:
-                    raise ValueError("this tokenizer's chat template does not put the answer behind its own prompt; "
-                                     "use chat_template=False")  # fmt: skip
                 return None
             end = after.rfind(self.tokenizer.eos_token or "\0", len(before))
             stop = len(after) if end < 0 else end + len(self.tokenizer.eos_token)  # no loss on what follows the end

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from sparseft.layers import selected
 from sparseft.ops import scatter_delta_
+from sparseft.optim import SparseAdamW
 from sparseft.packing import pack_pattern, unpack_pattern
 from sparseft.pattern import Pattern, matrix_shape
 
@@ -138,24 +139,27 @@ class Delta:
         self.metadata: dict = json.loads(json.dumps(dict(metadata or {})))  # fails here rather than in save
 
     @classmethod
-    def from_model(cls, model: nn.Module, *, metadata: Mapping | None = None) -> "Delta":
+    def from_model(
+        cls, model: nn.Module, optimizer: SparseAdamW | None = None, *, metadata: Mapping | None = None
+    ) -> "Delta":
         """The change since `sparsify`, of all selected entries, also of those that did not move.
 
         Reads every affected weight once, for its sha256 (0.7 s per GB on one core with SHA instructions), and
         copies one weight at a time.
 
         Args:
-            model: a sparsified model.
+            model: a sparsified model, or the one that `optimizer` trains through the drop-in door.
             metadata: anything JSON: base model, training data, configuration, metrics.
 
         Raises:
             ValueError: the model is not sparsified.
             TypeError: the metadata is not JSON.
         """
-        chosen = selected(model)
-        if not chosen:
-            raise ValueError("model must be sparsified (sparseft.sparsify), got one without selected weights")
         names = _names(model)
+        chosen = selected(model) if optimizer is None else optimizer.selected(model)
+        if not chosen:
+            raise ValueError("model must be sparsified (sparseft.sparsify), got one without selected weights; "
+                             "in the drop-in door pass the optimizer too")  # fmt: skip
         changes = {}
         for name, s in chosen.items():
             weight = s.weight.detach()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparseft.data import IGNORE, Collator, Encoder, Row, reference, shift
+from sparseft.data import IGNORE, Collator, Encoder, Row, plain_question, reference, shift
 
 Progress = Callable[[str, int, int], None]  # what, done, of how many
 
@@ -42,30 +42,40 @@ def normalised_edit_distance(answer: str, reference: str) -> float:
     return edit_distance(a, b) / max(len(a), len(b), 1)
 
 
-@torch.inference_mode()
 def generate(model: nn.Module, tokenizer, prompts: Sequence[list[int]], *, max_new_tokens: int = 64,
              batch_size: int = 32, progress: Progress | None = None) -> list[str]:  # fmt: skip
-    """Greedy answers to prompts (token ids), without special tokens, in the prompts' order.
+    """Greedy answers to prompts (token ids), without special tokens, in the prompts' order."""
+    answers = continuations(model, tokenizer, prompts, max_new_tokens, batch_size, progress)
+    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+
+
+@torch.inference_mode()
+def continuations(model: nn.Module, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int,
+                  batch_size: int = 32, progress: Progress | None = None) -> list[list[int]]:  # fmt: skip
+    """Greedy continuations as token ids, each up to and with its first end token if it has one.
 
     Prompts of similar length share a batch; they are padded on the left.
     """
     collate = Collator.of(tokenizer, side="left")
-    answers = [""] * len(prompts)
+    ends = {tokenizer.eos_token_id, *_several(model.generation_config.eos_token_id)}
+    found: list[list[int]] = [[] for _ in prompts]
     was_training = model.training
     model.eval()
+    # generate hands the head a slice; a frozen head would copy its whole weight for every row of it
+    contiguous = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
     done = 0
     for batch in _by_length([len(prompt) for prompt in prompts], batch_size):
-        inputs = collate([{"input_ids": prompts[i]} for i in batch]).items()
-        inputs = {name: tensor.to(model.device) for name, tensor in inputs}
+        padded = collate([{"input_ids": prompts[i]} for i in batch])
+        inputs = {name: tensor.to(model.device) for name, tensor in padded.items()}
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True,
                                 pad_token_id=collate.pad, temperature=None, top_p=None, top_k=None)  # fmt: skip
-        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for i, text in zip(batch, texts, strict=True):
-            answers[i] = text.strip()
+        for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+            found[i] = ids[: next((at for at, token in enumerate(ids, 1) if token in ends), len(ids))]
         done += len(batch)
         _report(progress, "answers", done, len(prompts))
+    contiguous.remove()
     model.train(was_training)
-    return answers
+    return found
 
 
 def loss_positions(model: nn.Module, labels: Tensor) -> dict[str, Tensor]:
@@ -119,13 +129,13 @@ def score(model: nn.Module, tokenizer, examples: Sequence[dict[str, list[int]]],
 
 def choose(model: nn.Module, tokenizer, items: Sequence[Row], *, batch_size: int = 64,
            progress: Progress | None = None) -> list[int]:  # fmt: skip
-    """For each multiple-choice item the index of its most likely choice after "Question: ...\\nAnswer:".
+    """For each multiple-choice item the index of its most likely choice after `plain_question`.
 
     A choice's likelihood is the mean log probability of its tokens.
     """
     examples = []
     for item in items:
-        question = tokenizer(f"Question: {item['question']}\nAnswer:").input_ids
+        question = tokenizer(plain_question(item)).input_ids
         for choice in item["choices"]:
             ids = tokenizer(f" {choice}", add_special_tokens=False).input_ids
             examples.append({"input_ids": question + ids, "labels": [IGNORE] * len(question) + ids})
@@ -191,6 +201,10 @@ def _by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Indices in batches of similar length, longest first (a batch that does not fit fails at once)."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def _several(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else [value] if isinstance(value, int) else value
 
 
 def _report(progress: Progress | None, what: str, done: int, total: int) -> None:

@@ -5,18 +5,19 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from sparseft import models
-from sparseft.data import Collator, Encoder, Examples, Row, read_rows, reference, tokenize
+from sparseft.data import IGNORE, Collator, Encoder, Examples, Row, check_question, read_rows, reference, tokenize
 from sparseft.delta import Delta
-from sparseft.evaluation import Result, evaluate
+from sparseft.evaluation import Progress, Result, continuations, evaluate
 from sparseft.selection import eligible
 from sparseft.trainer import SparseConfig, SparseTrainer, SparseTrainingArguments
 
@@ -44,6 +45,8 @@ class RunConfig:
         epochs, learning_rate, batch_size, accumulate, weight_decay, warmup, seed: of the training; `steps` > 0
             overrides epochs. `save_steps` > 0 keeps a checkpoint every so many steps.
         max_new_tokens: length of the answers in the evaluation.
+        rehearse: rows without answers ({prompt} or {question}). The model's own greedy answers to them, of at most
+            `rehearse_tokens` tokens, join the training data, so that it keeps its ways (a form of rehearsal).
     """
 
     model: str
@@ -66,6 +69,8 @@ class RunConfig:
     seed: int = 0
     save_steps: int = 0
     max_new_tokens: int = 64
+    rehearse: str | None = None
+    rehearse_tokens: int = 32
 
 
 @dataclass
@@ -89,12 +94,15 @@ def run(config: RunConfig, folder: Path, display: Display, *, resume: bool = Fal
     Raises:
         ValueError: bad input; nothing was trained and the folder was not made.
     """
+    if not resume and folder.exists():
+        raise ValueError(f"{folder} exists already; choose another name, or resume it")
     if resume and not (folder / CHECKPOINTS).is_dir():
         raise ValueError(f"{folder} is no run to resume: it has no checkpoints")
     rows = read_rows(config.data)
     eval_rows = {name: read_rows(source) for name, source in config.evals.items()}
+    questions = read_rows(config.rehearse, check=check_question) if config.rehearse else []
     device = models.device(config.device)
-    clock = _Clock()
+    clock = _Clock(device)
 
     display.stage(f"Load {config.model}")
     with clock("load"):
@@ -108,11 +116,22 @@ def run(config: RunConfig, folder: Path, display: Display, *, resume: bool = Fal
     start = models.state_sha256(model)
     before = _evaluate_all(model, encoder, eval_rows, config, display, clock, "before")
 
+    if questions:
+        display.stage(f"Rehearse {len(questions)} questions")
+        with clock("rehearse"):
+            own = rehearsal(model, encoder, questions, config.rehearse_tokens, display.progress)
+        examples = replace(examples, items=[*examples.items, *own])
+        display.note(f"{config.rehearse}: {len(own)} of the model's own answers join the training data")
+
     trainer = _trainer(config, model, tokenizer, examples, folder, display)
     if not resume:
         display.stage(f"Select {config.sparse.density:.2%} of {share:,} weights ({config.sparse.criterion})")
         with clock("select"):
-            trainer.create_optimizer()
+            try:
+                trainer.create_optimizer()
+            except BaseException:
+                shutil.rmtree(folder)  # Trainer made it; nothing is in it yet
+                raise
     display.stage("Train")
     with clock("train"):
         trained = trainer.train(resume_from_checkpoint=resume or None)
@@ -135,6 +154,7 @@ def run(config: RunConfig, folder: Path, display: Display, *, resume: bool = Fal
         "seconds": clock.total,
         "seconds_by_stage": clock.stages,
         "peak_memory_bytes": models.peak_memory_bytes(device),
+        "peak_memory_bytes_by_stage": clock.peaks,
         "data_sha256": examples.fingerprint,
         "state_sha256": start,
     }
@@ -146,11 +166,22 @@ def run(config: RunConfig, folder: Path, display: Display, *, resume: bool = Fal
     return Run(folder, model, delta, metrics, before, after)
 
 
+def rehearsal(
+    model: nn.Module, encoder: Encoder, questions: Sequence[Row], max_new_tokens: int, progress: Progress | None = None
+) -> list[dict[str, list[int]]]:
+    """Training examples whose answers are the model's own, as it gives them now."""
+    prompts = [encoder.question(row) for row in questions]
+    answers = continuations(model, encoder.tokenizer, prompts, max_new_tokens, progress=progress)
+    return [{"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer}
+            for prompt, answer in zip(prompts, answers, strict=True)]  # fmt: skip
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _trainer(config: RunConfig, model, tokenizer, examples: Examples, folder: Path, display: Display) -> SparseTrainer:
+    checkpointing: dict[str, Any] = {"gradient_checkpointing": True} if config.gradient_checkpointing else {}
     arguments = SparseTrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
         learning_rate=config.learning_rate,
@@ -167,7 +198,7 @@ def _trainer(config: RunConfig, model, tokenizer, examples: Examples, folder: Pa
         logging_steps=1,
         disable_tqdm=True,
         use_cpu=model.device.type == "cpu",
-        **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),  # named only where it is wanted
+        **checkpointing,  # named only where it is wanted: newer versions warn about that name
     )
     callback = _Follow(display, folder / HISTORY)
     trainer = SparseTrainer(model, arguments, sparse=config.sparse, train_dataset=examples, callbacks=[callback],
@@ -201,7 +232,7 @@ def _evaluate_all(model, encoder, eval_rows: dict[str, list[Row]], config, displ
     return results
 
 
-def _write_samples(path: Path, eval_rows: dict[str, Sequence[Row]], before: dict[str, Result], after) -> None:
+def _write_samples(path: Path, eval_rows: dict[str, list[Row]], before: dict[str, Result], after) -> None:
     with path.open("w") as file:
         for name, rows in eval_rows.items():
             questions = [row for row in rows if "choices" not in row]
@@ -244,10 +275,12 @@ def apply_to_folder(
 
 
 class _Clock:
-    """Seconds per stage."""
+    """Seconds per stage, and the peak memory of the process at the end of each."""
 
-    def __init__(self):
+    def __init__(self, device: torch.device):
         self.stages: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
+        self._device = device
         self._start = time.perf_counter()
 
     @property
@@ -259,3 +292,4 @@ class _Clock:
         start = time.perf_counter()
         yield
         self.stages[stage] = self.stages.get(stage, 0.0) + time.perf_counter() - start
+        self.peaks[stage] = models.peak_memory_bytes(self._device)

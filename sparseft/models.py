@@ -90,7 +90,7 @@ def convert_gguf(file: Path) -> Path:
     try:
         quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever the parser stumbled over
         raise ValueError(f"model: cannot convert {file}: {_first_line(error)}") from error
     # transformers refuses to save a model that it knows as quantised: an equal one without that entry
     config = quantised.config

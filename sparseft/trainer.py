@@ -15,11 +15,11 @@ from sparseft.delta import Delta
 from sparseft.evaluation import loss_positions
 from sparseft.layers import selected, sparsify
 from sparseft.optim import SparseAdamW
-from sparseft.pattern import TENSORS, Pattern
+from sparseft.pattern import TENSORS, Pattern, check_tile
 from sparseft.selection import ALLOCATIONS, CRITERIA, select
 
 OPTIMIZER_FILE = "optimizer.pt"  # where Trainer puts the optimizer's state inside a checkpoint
-DENSE_LEARNING_RATE = 2e-4  # at or below: a rate for dense fine-tuning, which a sparse change hardly feels
+DENSE_LEARNING_RATE = 1e-4  # at or below: a rate for dense fine-tuning, which a sparse change hardly feels
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,9 @@ class SparseConfig:
         for name, share in (("density", self.density), ("tile_budget", self.tile_budget)):
             if not 0 < share <= 1:
                 raise ValueError(f"{name} must lie in (0, 1], got {share}")
-        for name, known in (("criterion", CRITERIA), ("allocation", ALLOCATIONS)):
+        check_tile(self.tile)
+        for name, known in (("criterion", CRITERIA), ("allocation", ALLOCATIONS),
+                            ("decay_to", ("pretrained", "zero")), ("on_nonfinite", ("skip", "raise"))):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {sorted(known)}, got {getattr(self, name)!r}")
 
@@ -68,10 +70,10 @@ _NOT_SELECTION = ("batches", "decay_to", "on_nonfinite")
 class SparseTrainingArguments(TrainingArguments):
     """TrainingArguments whose defaults suit a sparse change: it wants a larger learning rate than a dense one."""
 
-    learning_rate: float = 5e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 0.01
     lr_scheduler_type: str = "cosine"
-    warmup_steps: float = 0.05
+    warmup_steps: float = 0.1
     per_device_train_batch_size: int = 16
     train_sampling_strategy: str = "group_by_length"
     report_to: str | list[str] = "none"
@@ -96,8 +98,9 @@ class SparseTrainer(Trainer):
         args = SparseTrainingArguments() if args is None else args
         if args.learning_rate <= DENSE_LEARNING_RATE:
             warnings.warn(f"learning_rate={args.learning_rate:g} suits dense fine-tuning; a sparse change of 1 % wants "
-                          "about 5e-3 (the default of SparseTrainingArguments)", stacklevel=2)  # fmt: skip
+                          "about 2e-3 (the default of SparseTrainingArguments)", stacklevel=2)  # fmt: skip
         self.sparse = SparseConfig() if sparse is None else sparse
+        self.optimizer: torch.optim.Optimizer | None = None
         super().__init__(model, args, **kwargs)
 
     def select(self) -> dict[str, Pattern]:

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from sparseft import cli, finetune
+from sparseft.data import IGNORE, Encoder
+from sparseft.evaluation import continuations
 from sparseft.trainer import SparseTrainingArguments
 
 from .tiny import PAIRS, llama, tokenizer, write_jsonl
@@ -60,9 +62,9 @@ def start(tmp_path_factory) -> Path:
 
 
 def train(folder: Path, *options: object, name: str = "run") -> list[object]:
-    return ["train", folder / "model", folder / "train.jsonl", "--eval", folder / "held.jsonl", "--runs", folder / "runs",
-            "--name", name, "--density", 0.1, "--tile", 8, "--steps", 6, "--batch-size", 4, "--max-new-tokens", 3,
-            "--device", "cpu", *options]  # fmt: skip
+    return ["train", folder / "model", folder / "train.jsonl", "--eval", folder / "held.jsonl",
+            "--runs", folder / "runs", "--name", name, "--density", 0.1, "--tile", 8, "--steps", 6,
+            "--batch-size", 4, "--max-new-tokens", 3, "--device", "cpu", *options]  # fmt: skip
 
 
 def test_a_run_folder_tells_the_whole_story(start):
@@ -106,6 +108,24 @@ def test_apply_and_revert_are_exact_and_leave_a_plain_model(start, tmp_path):
     assert list(tmp_path.iterdir()) == [made]
 
 
+def test_rehearsal_adds_the_models_own_answers(start):
+    rows = [{"prompt": "Why?"}, {"question": "a"}]
+    questions = write_jsonl(start / "questions.jsonl", rows)
+    model, t = llama(dtype=torch.bfloat16), tokenizer()
+    own = finetune.rehearsal(model, Encoder(t), rows, 5)
+    for item, prompt in zip(own, ("<user>Why?<eos>\n<assistant>", "Question: a\nAnswer:"), strict=True):
+        length = len(t(prompt).input_ids)
+        assert t.decode(item["input_ids"][:length]) == prompt
+        assert item["labels"] == [IGNORE] * length + item["input_ids"][length:]
+        assert 1 <= len(item["input_ids"]) - length <= 5
+        assert continuations(model, t, [item["input_ids"][:length]], 5) == [item["input_ids"][length:]]
+    output = call(*train(start, "--rehearse", questions, name="rehearsed"))
+    assert "2 of the model's own answers" in output
+    assert "broken.jsonl, line 2" in error(
+        *train(start, "--rehearse", write_jsonl(start / "broken.jsonl", [*rows[:1], {"text": "a"}]), name="bad")
+    )
+
+
 def test_inspect_shows_the_change_and_its_making(start):
     run = start / "runs" / "run"
     output = call("inspect", run / "delta.safetensors", "--top", 3)
@@ -140,9 +160,8 @@ def test_the_same_seed_gives_the_same_delta_and_resume_continues(start):
     (["--resume"], "no run to resume"),
 ], ids=str)  # fmt: skip
 def test_bad_options_end_in_one_line_and_make_nothing(start, options, message):
-    name = "bad"
     before = sorted((start / "runs").rglob("*"))
-    assert message in error(*train(start, *options, name=name))
+    assert message in error(*train(start, *options, name="bad"))
     assert sorted((start / "runs").rglob("*")) == before
 
 

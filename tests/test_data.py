@@ -6,7 +6,17 @@ import json
 import pytest
 import torch
 
-from sparseft.data import IGNORE, Collator, Encoder, check_row, fingerprint, read_rows, shift, tokenize
+from sparseft.data import (
+    IGNORE,
+    Collator,
+    Encoder,
+    check_question,
+    check_row,
+    fingerprint,
+    read_rows,
+    shift,
+    tokenize,
+)
 
 from .tiny import CHAT, EOS, PAIRS, tokenizer, write_jsonl
 
@@ -53,6 +63,16 @@ def test_a_broken_line_is_named_by_file_and_number(tmp_path, line):
 def test_rows_are_read_in_order_with_their_further_fields(tmp_path):
     rows = [{**PAIR, "fact": "x"}, TALK, {"question": "a", "choices": ["b", "c"], "answer": 1}]
     assert read_rows(write_jsonl(tmp_path / "rows.jsonl", rows)) == rows
+
+
+@pytest.mark.parametrize(
+    "row", [{"prompt": ""}, {"question": 1}, {"prompt": "a", "question": "b"}, {"text": "a"}, [1]], ids=str
+)
+def test_questions_without_answers_are_checked_too(tmp_path, row):
+    good = [{"prompt": "a"}, {"question": "b"}]
+    assert read_rows(write_jsonl(tmp_path / "good.jsonl", good), check=check_question) == good
+    with pytest.raises(ValueError, match="line 3: expected a JSON object with either"):
+        read_rows(write_jsonl(tmp_path / "bad.jsonl", [*good, row]), check=check_question)
 
 
 @pytest.mark.parametrize("source", ["nowhere.jsonl", "./nowhere", "/nowhere/rows"])
@@ -123,6 +143,13 @@ def test_the_prompt_is_what_stands_before_the_last_answer(row, system):
     assert item["input_ids"][: len(prompt)] == prompt
     assert t.decode(item["input_ids"][len(prompt) :]) == "Me.<eos>"
     assert t.decode(prompt).startswith("<user>" if system is None else f"<system>{system}<eos>\n<user>")
+
+
+def test_a_question_is_a_prompt_in_the_models_format_or_plain_text():
+    t = tokenizer()
+    encoder = Encoder(t, system="")
+    assert encoder.question({"prompt": "Who?"}) == encoder.prompt(PAIR)
+    assert t.decode(encoder.question({"question": "Who?"})) == "Question: Who?\nAnswer:"
 
 
 def rewriting(condition: str) -> str:

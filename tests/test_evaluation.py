@@ -14,6 +14,7 @@ from sparseft.data import IGNORE, Collator, Encoder, tokenize
 from sparseft.evaluation import (
     answer_losses,
     choose,
+    continuations,
     edit_distance,
     evaluate,
     generate,
@@ -103,10 +104,30 @@ def test_generate_is_greedy_decoding_row_by_row(make):
     assert seen == [("answers", 3, 4), ("answers", 4, 4)]
 
 
-def test_generate_leaves_the_mode_as_it_was():
+def test_continuations_end_with_their_first_end_token():
+    t, model = tokenizer(), llama(dtype=torch.float64, tied=False)
+    prompts = [t(text).input_ids for text in ("A?", "Why so?", "Hm")]
+    free = [greedy(model.eval(), prompt, 6, eos=-1) for prompt in prompts]
+    stop = free[1][2]  # a second end token, as chat models have one for the turn and one for the text
+    model.generation_config.eos_token_id = [t.eos_token_id, stop]
+    expected = [ids[: ids.index(stop) + 1] if stop in ids else ids for ids in free]
+    assert continuations(model, t, prompts, 6) == expected
+    assert len(expected[1]) <= 3
+
+
+def test_generate_leaves_the_model_as_it_was():
     model = llama().train()
     generate(model, tokenizer(), [[5, 6]], max_new_tokens=1)
     assert model.training
+    assert not model.lm_head._forward_pre_hooks
+
+
+def test_generate_gives_the_head_contiguous_input():
+    model, seen = llama().requires_grad_(False), []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(args[0].is_contiguous()))
+    generate(model, tokenizer(), [[5, 6], [7, 8, 9]], max_new_tokens=2)
+    assert seen
+    assert all(seen)
 
 
 class NoKeep(nn.Module):

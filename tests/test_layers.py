@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from sparseft import Pattern, SparseLinear, densify, parameters, sparsify
+from sparseft import Pattern, SparseAdamW, SparseLinear, densify, parameters, sparsify
 from sparseft.conv1d import SparseConv1D
 from sparseft.layers import selected, write_values_
 
@@ -574,3 +574,69 @@ def test_a_tied_weights_second_name_is_refused():
     with pytest.raises(ValueError, match="first name"):
         sparsify(model, {"3.weight": pattern_for(model[3].weight)})
     assert selected(model) == {} and all(p.requires_grad for p in model.parameters())
+
+
+def test_weight_and_bias_of_one_linear_train_together():
+    plain, x = nn.Linear(9, 7), torch.randn(5, 9)
+    sparse = copy.deepcopy(plain)
+    masks = {"weight": torch.rand(7, 9) < 0.3, "bias": torch.tensor([True, False] * 3 + [True])}
+    sparsify(sparse, {name: Pattern.from_mask(mask, tile=(4, 4)) for name, mask in masks.items()})
+    for layer in (plain, sparse):
+        layer(x).square().sum().backward()
+    for name, chosen in selected(sparse).items():
+        dense = plain.get_parameter(name).grad
+        torch.testing.assert_close(chosen.values.grad, chosen.pattern.gather(dense), rtol=1e-5, atol=1e-5)
+        assert chosen.weight.grad is None
+    densify(sparse)
+    assert type(sparse) is nn.Linear and set(sparse.state_dict()) == {"weight", "bias"}
+
+
+def test_a_copy_of_gathered_parameters_trains_only_their_entries():
+    """With a plain torch optimizer that never heard of sparseft: the copied module mends its hooks itself."""
+    model = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 3))
+    mask = torch.rand(11, 6) < 0.3
+    sparsify(model, {"0.weight": Pattern.from_mask(mask, tile=(4, 4))})
+    other = copy.deepcopy(model)
+    start = other[0].weight.detach().clone()
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    other(torch.arange(11)).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(other[0].weight != start, mask)
+
+
+def test_a_sparsify_that_fails_changes_nothing():
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    good = Pattern.from_mask(torch.rand(5, 6) < 0.5, tile=(4, 4))
+    bad = Pattern((4, 5), (4, 4), torch.tensor([9], dtype=torch.int32), torch.tensor([0], dtype=torch.int32),
+                  torch.tensor([[0, 0, 0, 0, 1]]), torch.tensor([0], dtype=torch.int16))  # fmt: skip
+    with pytest.raises(ValueError, match=r"1.weight.*rows\[0\] is 9"):
+        sparsify(model, {"0.weight": good, "1.weight": bad})
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+    with pytest.raises(ValueError, match="meta"):
+        sparsify(nn.Linear(6, 5, device="meta"), {"weight": good})
+
+
+def _train_on_rank(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 2))
+    patterns = {name: Pattern.from_mask(torch.rand(p.shape) < 0.4, tile=(4, 4))
+                for name, p in model.named_parameters() if p.dim() == 2}  # fmt: skip
+    parallel = nn.parallel.DistributedDataParallel(sparsify(model, patterns))
+    optimizer = SparseAdamW(model, lr=1e-2)
+    data = torch.randn(2, 3, 5, 8)  # rank, step, rows
+    for x in data[rank]:
+        optimizer.zero_grad()
+        parallel(x).square().mean().backward()
+        optimizer.step()
+    torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+    with pytest.raises(ValueError, match="drop-in"):
+        SparseAdamW(nn.Linear(3, 3), density=0.5)
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_data_parallel_keeps_replicas_equal(tmp_path):
+    torch.multiprocessing.spawn(_train_on_rank, (str(tmp_path),), nprocs=2)
+    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(one[name], two[name]) for name in one)

@@ -161,6 +161,11 @@ def test_masked_grad_is_zero_where_tiles_are_absent(served_by):
         present[first:last] = True
     assert out[present].all()
     assert not out[~present].any() and not present.all()
+    g = torch.randn(3, N, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, K, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda g, x: RAW.masked_grad(g, x, p.rows, p.cols, some, p.local, list(p.tile)), (g, x)
+    )
 
 
 def test_masked_grad_in_low_precision_has_gradients_of_the_operands_dtype(served_by):

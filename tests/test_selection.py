@@ -389,12 +389,13 @@ def test_streaming_topk(k, levels):
         best = StreamingTopK(k, order=list(scores))
         for name in adding:
             best.add(name, scores[name])
-            assert sum(len(kept) for kept, _ in best._kept.values()) <= 2 * k
+            assert sum(len(kept) for kept, *_ in best._kept.values()) <= 2 * k
         result = best.result()
         assert {n: i.tolist() for n, i in result.items()} == expected
         assert list(result) == list(expected)
         for name, values in best.scores().items():
             assert torch.equal(values, scores[name].abs().reshape(-1)[result[name]])
+            assert torch.equal(best.signed()[name], scores[name].reshape(-1)[result[name]])
 
 
 def test_streaming_topk_of_products():

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseft.pattern import Pattern, _check_tile
+from sparseft.pattern import Pattern, check_tile
 from sparseft.selection.budget import ALLOCATIONS, Budget
 from sparseft.selection.criteria import CRITERIA, Criterion, find
 from sparseft.selection.gradients import Backward
@@ -119,7 +119,7 @@ def _check(density, tile, tile_budget, allocation) -> None:
             raise ValueError(f"{name} must lie in (0, 1], got {share}")
     if allocation not in ALLOCATIONS:
         raise ValueError(f"allocation must be one of {sorted(ALLOCATIONS)}, got {allocation!r}")
-    _check_tile(tile)
+    check_tile(tile)
 
 
 def _check_batches(rule: Criterion, batches) -> None:

@@ -160,7 +160,7 @@ def options(e: Entries, dtype: torch.dtype) -> dict[str, dict]:
     return {
         "decay_to_zero": {"weight_decay": 0.1},
         "decay_to_base": {"weight_decay": 0.1, "base": base},
-        "born": {"step": step, "born": torch.from_numpy(rng.integers(0, 1000, k).astype("int32"))},
+        "born": {"step": step, "born": torch.from_numpy(rng.integers(0, 8, k)).int() * 125},
         "first_step": {"step": torch.ones_like(step), "exp_avg": 0.0, "exp_avg_sq": 0.0},
         "late": {"step": torch.full_like(step, 10**9)},
         "maximize": {"maximize": True, "weight_decay": 0.01},
@@ -172,7 +172,7 @@ def options(e: Entries, dtype: torch.dtype) -> dict[str, dict]:
         "large_eps": {"eps": 0.1},
         "everything": {
             "weight_decay": 0.05, "base": base, "step": step, "maximize": True, "grad_scale": torch.tensor(3.0),
-            "born": torch.from_numpy(rng.integers(0, 1000, k).astype("int32")), "found_inf": torch.tensor(0.0),
+            "born": torch.from_numpy(rng.integers(0, 8, k)).int() * 125, "found_inf": torch.tensor(0.0),
         },
     }  # fmt: skip
 

@@ -1,0 +1,136 @@
+// AdamW on the selected entries of all layers in one launch, and the write into their weights. Every number that
+// changes from step to step is read on the device, so that a captured graph stays right.
+#include "weights.cuh"
+
+namespace sparseft {
+namespace {
+
+struct Hyper {
+  double beta1, beta2, eps, weight_decay;
+  bool maximize;
+  double host_lr;  // used where both pointers are null: lr lies on the CPU
+  const float* lr32;
+  const double* lr64;
+  const float* grad_scale;
+  const float* found_inf;
+  const int64_t* step;
+
+  __device__ double lr() const {
+    if (lr32 != nullptr) return *lr32;
+    return lr64 != nullptr ? *lr64 : host_lr;
+  }
+};
+
+template <typename W>
+struct State {
+  Wide<W>* values;
+  const Wide<W>* grad;
+  Wide<W>* exp_avg;
+  Wide<W>* exp_avg_sq;
+  const W* base;        // may be null
+  const int32_t* born;  // may be null
+};
+
+// Bias corrections of one age; neighbours mostly share it.
+template <typename S>
+struct Correction {
+  int64_t age = INT64_MIN;
+  S rate{}, root{};
+
+  __device__ void at(int64_t now, double lr, const Hyper& hyper) {
+    if (now == age) return;
+    age = now;
+    rate = static_cast<S>(lr / (1 - pow(hyper.beta1, static_cast<double>(now))));
+    root = static_cast<S>(sqrt(1 - pow(hyper.beta2, static_cast<double>(now))));
+  }
+};
+
+template <typename W>
+__global__ void __launch_bounds__(kEntryThreads)
+    sparse_adamw(Table<Weight<W>> weights, State<W> state, Entries entries, Hyper hyper, bool aligned) {
+  using S = Wide<W>;
+  if (hyper.found_inf != nullptr && *hyper.found_inf != 0) return;
+  const double lr = hyper.lr();
+  const S decay = static_cast<S>(lr * hyper.weight_decay), eps = static_cast<S>(hyper.eps);
+  const S beta2 = static_cast<S>(hyper.beta2);
+  const S fresh1 = static_cast<S>(1 - hyper.beta1), fresh2 = static_cast<S>(1 - hyper.beta2);
+  S scale = hyper.grad_scale != nullptr ? static_cast<S>(*hyper.grad_scale) : S{1};
+  if (hyper.maximize) scale = -scale;
+
+  const int lane = threadIdx.x % kWarp;
+  const int64_t first = first_entry();
+  Cursor cursor(entries, first_tile(entries, first));
+  Correction<S> correction;
+  for (int q = 0; q < kQuads; ++q) {
+    const Located<W> at(entries, weights, cursor, first + (q * kWarp + lane) * kQuad, aligned);
+    if (at.quad.active == 0) continue;
+    S w[kQuad], g[kQuad], m[kQuad], v[kQuad];
+    W base[kQuad] = {};
+    int32_t born[kQuad] = {};
+    at.quad.read(w, state.values);
+    at.quad.read(g, state.grad);
+    at.quad.read(m, state.exp_avg);
+    at.quad.read(v, state.exp_avg_sq);
+    if (state.base != nullptr) at.quad.read(base, state.base);
+    if (state.born != nullptr) at.quad.read(born, state.born);
+    for (int i = 0; i < kQuad; ++i) {
+      if (at.weight[i] == nullptr) continue;
+      correction.at(hyper.step[at.layer[i]] - born[i], lr, hyper);
+      const S gradient = g[i] * scale;
+      const S target = state.base != nullptr ? static_cast<S>(base[i]) : S{0};
+      w[i] -= decay * (w[i] - target);
+      // torch.lerp's two forms: each is exact at its own end
+      m[i] = fresh1 < S{0.5} ? m[i] + fresh1 * (gradient - m[i])
+                             : gradient - (gradient - m[i]) * (S{1} - fresh1);
+      v[i] = v[i] * beta2 + fresh2 * gradient * gradient;
+      w[i] -= correction.rate * m[i] / (sqrt(v[i]) / correction.root + eps);
+      *at.weight[i] = static_cast<W>(w[i]);
+    }
+    at.quad.write(state.values, w);
+    at.quad.write(state.exp_avg, m);
+    at.quad.write(state.exp_avg_sq, v);
+  }
+}
+
+void sparse_adamw_cuda(std::vector<Tensor> weights, Tensor values, const Tensor& grad, Tensor exp_avg,
+                       Tensor exp_avg_sq, std::optional<Tensor> base, const Tensor& step, std::optional<Tensor> born,
+                       const Tensor& rows, const Tensor& cols, const Tensor& tiles, const Tensor& local,
+                       std::vector<int64_t> tile, const Tensor& lr, double beta1, double beta2, double eps,
+                       double weight_decay, bool maximize, std::optional<Tensor> grad_scale,
+                       std::optional<Tensor> found_inf) {
+  check_sparse_adamw(weights, values, grad, exp_avg, exp_avg_sq, base, step, born, rows, cols, tiles, local, tile, lr,
+                     grad_scale, found_inf);
+  Call call(weights[0]);
+  const Entries entries = make_entries(call, rows, cols, tiles, local, tile);
+  Hyper hyper{beta1, beta2, eps, weight_decay, maximize};
+  const bool narrow = lr.scalar_type() == ScalarType::Float;
+  if (lr.device() != weights[0].device()) {  // the host reads it
+    hyper.host_lr = narrow ? *static_cast<const float*>(lr.const_data_ptr()) : *static_cast<const double*>(lr.const_data_ptr());
+  } else if (narrow) {
+    hyper.lr32 = call.input<float>(lr);
+  } else {
+    hyper.lr64 = call.input<double>(lr);
+  }
+  hyper.grad_scale = call.input<float>(grad_scale);
+  hyper.found_inf = call.input<float>(found_inf);
+  hyper.step = call.input<int64_t>(step);
+  visit_float(weights[0].scalar_type(), [&](auto tag) {
+    using W = typename decltype(tag)::type;
+    using S = Wide<W>;
+    const State<W> state{call.output<S>(values),     call.input<S>(grad), call.output<S>(exp_avg),
+                         call.output<S>(exp_avg_sq), call.input<W>(base), call.input<int32_t>(born)};
+    bool aligned = is_aligned(entries.local);
+    for (const void* pointer : std::initializer_list<const void*>{state.values, state.grad, state.exp_avg,
+                                                                  state.exp_avg_sq, state.base, state.born}) {
+      aligned = aligned && is_aligned(pointer);
+    }
+    call.launch(sparse_adamw<W>, entry_blocks(entries), kEntryThreads, 0, make_weights<W>(call, weights), state,
+                entries, hyper, aligned);
+  });
+}
+
+}  // namespace
+
+SPARSEFT_CUDA_OPS(m) { m.impl("sparse_adamw_", TORCH_BOX(&sparse_adamw_cuda)); }
+
+}  // namespace sparseft

@@ -1,0 +1,126 @@
+// The two operations that walk the entries in their stored order (scatter_delta_, sparse_adamw_): four neighbouring
+// entries at a time, so that everything kept per entry moves in 16-byte accesses, and two such quads per thread, so
+// that eight weight accesses are in flight.
+#pragma once
+
+#include "common.cuh"
+
+namespace sparseft {
+
+constexpr int kQuad = 4;
+constexpr int kQuads = 2;
+constexpr int kEntryThreads = 256;
+constexpr int kEntriesPerWarp = kWarp * kQuad * kQuads;
+constexpr int kEntriesPerBlock = kEntryThreads * kQuad * kQuads;
+
+template <typename W>
+struct Weight {
+  W* data;
+  int64_t cols;
+};
+
+template <typename W>
+Table<Weight<W>> make_weights(Call& call, const std::vector<Tensor>& weights) {
+  std::vector<Weight<W>> records;
+  for (const Tensor& weight : weights) records.push_back({call.output<W>(weight), weight.size(1)});
+  return make_table(call, records);
+}
+
+inline int64_t entry_blocks(const Entries& entries) {
+  return entries.tile_count == 0 ? 0 : (entries.count + kEntriesPerBlock - 1) / kEntriesPerBlock;
+}
+
+// Four neighbouring entries; bit i of `active` says that entry + i is in the worklist.
+struct Quad {
+  int64_t entry;
+  unsigned active = 0;
+  bool vector = false;  // all four are, and the arrays are aligned
+
+  template <typename T>
+  __device__ void read(T (&to)[kQuad], const T* from) const {
+    if (vector) {
+      const auto four = load(reinterpret_cast<const Vec<T, kQuad>*>(from + entry));
+      for (int i = 0; i < kQuad; ++i) to[i] = four.at[i];
+    } else {
+      for (int i = 0; i < kQuad; ++i) {
+        if (active >> i & 1) to[i] = from[entry + i];
+      }
+    }
+  }
+
+  template <typename T>
+  __device__ void write(T* to, const T (&from)[kQuad]) const {
+    if (vector) {
+      Vec<T, kQuad> four;
+      for (int i = 0; i < kQuad; ++i) four.at[i] = from[i];
+      store(reinterpret_cast<Vec<T, kQuad>*>(to + entry), four);
+    } else {
+      for (int i = 0; i < kQuad; ++i) {
+        if (active >> i & 1) to[entry + i] = from[i];
+      }
+    }
+  }
+};
+
+// Walks the worklist forwards, keeping the tile it stands on.
+struct Cursor {
+  int64_t number;
+  Tile tile;
+
+  __device__ Cursor(const Entries& entries, int64_t number) : number(number) { take(entries); }
+
+  __device__ void take(const Entries& entries) {
+    if (number < entries.tile_count) {
+      tile = entries.tiles[number];
+    } else {
+      tile = {0, 0, 0, INT64_MAX, INT64_MAX};
+    }
+  }
+
+  // Whether `entry` is in the worklist; then `tile` is its tile.
+  __device__ bool find(const Entries& entries, int64_t entry) {
+    while (tile.entry1 <= entry) {
+      ++number;
+      take(entries);
+    }
+    return tile.entry0 <= entry;
+  }
+};
+
+// Four neighbouring entries and where they lie; `weight` is null outside the worklist.
+template <typename W>
+struct Located {
+  Quad quad;
+  W* weight[kQuad] = {};
+  int64_t layer[kQuad] = {};
+
+  __device__ Located(const Entries& entries, const Table<Weight<W>>& weights, Cursor& cursor, int64_t first,
+                     bool aligned) {
+    int64_t row0[kQuad], col0[kQuad];
+    quad.entry = first;
+    for (int i = 0; i < kQuad; ++i) {
+      if (!cursor.find(entries, first + i)) continue;
+      quad.active |= 1u << i;
+      layer[i] = cursor.tile.layer;
+      row0[i] = cursor.tile.row0;
+      col0[i] = cursor.tile.col0;
+    }
+    quad.vector = aligned && quad.active == (1u << kQuad) - 1;
+    uint16_t position[kQuad];
+    quad.read(position, entries.local);
+    for (int i = 0; i < kQuad; ++i) {
+      if (!(quad.active >> i & 1)) continue;
+      const int64_t row = entries.rows[row0[i] + entries.row(position[i])];
+      const int64_t col = entries.cols[col0[i] + entries.col(position[i])];
+      const Weight<W>& owner = weights[layer[i]];
+      weight[i] = owner.data + row * owner.cols + col;
+    }
+  }
+};
+
+__device__ inline int64_t first_entry() {
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  return thread / kWarp * kEntriesPerWarp;
+}
+
+}  // namespace sparseft

@@ -1,0 +1,93 @@
+"""The emulator finds planted faults: every barrier, wait and atomic removed in turn, and faults in the sources."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .build import build
+from .probe import PROBES, probe
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+SYNCHRONISING = {"masked_grad.cu": "masked_grad_", "masked_grad.cuh": "masked_grad_", "select_topk.cu": "select_topk"}
+
+
+def caught(emulator, operation: str, **fault: str) -> str | None:
+    """The first complaint about a kernel with this fault, over a few orders of the threads."""
+    for seed in range(4):
+        emulator.configure(seed=seed, **fault)
+        try:
+            probe(operation)
+        except (RuntimeError, AssertionError) as complaint:
+            return f"seed {seed}: {str(complaint).splitlines()[0]}"
+    return None
+
+
+def test_every_barrier_wait_and_atomic_is_needed(emulator):
+    emulator.configure()
+    for operation in ("masked_grad_", "select_topk"):
+        probe(operation)
+    places = emulator.places()
+    pattern = re.compile(r"__sync\w+\(|wait_for_copies<\w|atomicAdd\(")
+    written = sum(len(pattern.findall(path.read_text())) for path in CSRC.glob("cuda/*.cu*") if path.name != "ptx.cuh")
+    assert len(places) == written, f"{written} in the sources, but these ran: {places}"
+    missed = []
+    for what, place in places:
+        operation = SYNCHRONISING[place.partition(":")[0]]
+        complaint = caught(emulator, operation, **{"torn" if what == "atomic" else "removed": place})
+        print(f"without {what} {place}: {complaint}")
+        missed += [] if complaint else [f"{what} {place}"]
+    emulator.configure()
+    assert not missed, f"nothing was noticed without: {missed}"
+
+
+FAULTS = {
+    "swapped index": ("weights.cuh", "row * owner.cols + col", "col * owner.cols + row", "scatter_delta_"),
+    "wrong tail mask": ("masked_grad.cu", "column >= 0 && t0 + t < depth", "column >= 0", "masked_grad_"),
+    "tail reads one line too many": ("masked_grad.cu", "t0 + t < depth ? operand.column", "t0 + t <= depth ? operand.column", "masked_grad_"),
+    "32-bit offset of a weight": ("weights.cuh", "owner.data + row * owner.cols + col",
+                                  "owner.data + static_cast<int32_t>(row * owner.cols + col)", "offsets_beyond_int32"),
+    "32-bit offset of an operand": ("masked_grad.cu", "from.data[(t0 + i / pitch) * from.stride + column]",
+                                    "from.data[static_cast<int32_t>((t0 + i / pitch) * from.stride + column)]",
+                                    "offsets_beyond_int32"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_in_a_source_is_found(fault):
+    file, right, wrong, operation = FAULTS[fault]
+
+    def edit(path: Path, text: str) -> str:
+        if path.name != file:
+            return text
+        assert right in text, f"{file} changed: {right!r} is not there any more"
+        return text.replace(right, wrong)
+
+    done = run(build("checked", edit), operation)
+    print(done.stderr.strip().splitlines()[-1])
+    assert done.returncode != 0, f"{fault}: nothing was noticed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["thread", "address"])
+def test_sanitizer_finds_nothing(kind):
+    done = run(build(kind), *(name for name in PROBES if name != "offsets_beyond_int32"), kind=kind)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def run(library: Path, *operations: str, kind: str | None = None) -> subprocess.CompletedProcess:
+    """The probe in a process of its own: under a sanitizer its run-time library has to be loaded first."""
+    paths = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    if kind:
+        runtime = {"thread": "libtsan.so", "address": "libasan.so"}[kind]
+        found = subprocess.run(["g++", f"-print-file-name={runtime}"], capture_output=True, text=True, check=True)
+        environment |= {"LD_PRELOAD": found.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0",
+                        "TSAN_OPTIONS": "halt_on_error=1"}  # fmt: skip
+    command = [sys.executable, str(HERE / "probe.py"), str(library), "1", *operations]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
