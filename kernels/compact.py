@@ -75,7 +75,7 @@ plan = Remembered(_plan)  # one host sync per worklist
 
 
 def compact(sources: list[Tensor], order: Tensor, spans: list[Span], transposed: bool = False) -> Tensor:
-    """[T, width], or [width, T] if transposed: the columns order[first:last] of each layer's source, from `start`."""
+    """[T, width], or [width, T] if transposed: of each layer's source the columns order[first:last], at `start`."""
     tokens = sources[0].shape[0]
     width = spans[-1].start + triton.cdiv(spans[-1].last - spans[-1].first, ALIGNMENT) * ALIGNMENT
     copy = sources[0].new_empty(width, tokens).T if transposed else sources[0].new_empty(tokens, width)

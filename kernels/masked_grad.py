@@ -24,7 +24,7 @@ def _tiles(
     BLOCK_E: tl.constexpr, SHIFT_A: tl.constexpr, SHIFT_B: tl.constexpr, ALIGN_A: tl.constexpr, ALIGN_B: tl.constexpr,
     ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[e] (+)= sum_t a[t, row(e)] * b[t, col(e)] over a worklist's tiles; squares[i] = tile i's sum of out^2."""
+    """out[e] (+)= sum_t a[t, row(e)] * b[t, col(e)] over the worklist's tiles; squares[i]: tile i's sum of out^2."""
     wide: tl.constexpr = out.dtype.element_ty
     for number in range(tl.program_id(0), count, tl.num_programs(0)):
         tile = tiles + 5 * number

@@ -67,9 +67,7 @@ class Chunks(NamedTuple):
 def _chunks(tiles: Tensor, local: Tensor, tile: tuple[int, int], shifts: Tensor, *compact: bool) -> Chunks:
     """`compact`: whether the rows' (columns') operand came so, and is not shifted."""
     entry, layer, row, col = decode(None, None, tiles, local, list(tile))
-    row, col = (
-        at if as_is else at + shifts[layer, i] for i, (at, as_is) in enumerate(zip((row, col), compact, strict=True))
-    )
+    row, col = (at if compact[i] else at + shifts[layer, i] for i, at in enumerate((row, col)))
     width = int(col.max()) + 1
     order = (row // PANEL * width + col).argsort(stable=True)
     entry, row, col = entry[order], row[order], col[order]

@@ -8,7 +8,7 @@ from sparseft.kernels.launch import on
 
 @triton.jit(do_not_specialize=["reach"])
 def _scatter(
-    weight, values, table, rows, cols, tiles, spans, reach, local, count, alpha: "fp64",
+    weight, values, table, rows, cols, tiles, spans, reach, local, count, alpha: tl.float64,
     MODE: tl.constexpr, TILE_COLS: tl.constexpr, COMPLETE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)

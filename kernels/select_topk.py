@@ -36,10 +36,12 @@ def _key(score, other, at, mask):
         wide: tl.constexpr = tl.float64 if x.dtype == tl.float64 else tl.float32
         x = x.to(wide) * tl.load(other + at, mask=mask).to(wide)
     if x.dtype == tl.float64:
-        return x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
-    if x.dtype == tl.float32:
-        return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return x.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+        key = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+    elif x.dtype == tl.float32:
+        key = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    else:
+        key = x.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+    return key
 
 
 @triton.jit
@@ -61,7 +63,7 @@ def _tally(histogram, key, mask, bound, lowest, shift, BITS: tl.constexpr):
 @triton.jit(do_not_specialize=["bound", "lowest", "shift"])
 def _count(score, other, table, first, histograms, bound, lowest, shift,
            BITS: tl.constexpr, BINS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
-            ALIGN: tl.constexpr):  # fmt: skip
+           ALIGN: tl.constexpr):  # fmt: skip
     program = tl.program_id(0)
     histogram = histograms + program.to(tl.int64) * BINS
     lane = tl.arange(0, BLOCK)

@@ -1,4 +1,4 @@
-"""sparse_adamw: one AdamW step over the selected entries of all layers, and the write into their weights.
+"""sparse_adamw: one AdamW step over the selected entries of all layers, with the write into their weights: one launch.
 
 Learning rate, step counts, gradient scale and the overflow flag are read from device memory: the launch can be
 captured in a CUDA graph and replayed.
@@ -25,8 +25,8 @@ def _one_minus_power(log_beta, age):
 @triton.jit(do_not_specialize=["reach"])
 def _adamw(
     weight, values, grad, exp_avg, exp_avg_sq, base, step, born, table, rows, cols, tiles, spans, reach, local,
-    count, lr, beta1: "fp64", beta2: "fp64", log_beta1: "fp64", log_beta2: "fp64", eps: "fp64", weight_decay: "fp64",
-    grad_scale, found_inf,
+    count, lr, beta1: tl.float64, beta2: tl.float64, log_beta1: tl.float64, log_beta2: tl.float64, eps: tl.float64,
+    weight_decay: tl.float64, grad_scale, found_inf,
     MAXIMIZE: tl.constexpr, TILE_COLS: tl.constexpr, COMPLETE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     if found_inf is not None:

@@ -144,9 +144,7 @@ class Memory:
 
     def _refuse(self, wrong: np.ndarray, argument: int, what: str) -> None:
         if wrong.any():
-            raise RuntimeError(
-                f"{self.kernel}: race on {self.names[argument]!r}: {what} ({int(wrong.sum())} addresses)"
-            )
+            raise RuntimeError(f"{self.kernel}: race on {self.names[argument]!r}: {what}, {int(wrong.sum())} addresses")
 
     def record(self, launch: Launch) -> None:
         """Add up the log; atomics count as stores."""
@@ -220,8 +218,8 @@ interpreter._patch_lang = patch_lang
 
 
 def _scalar(value: float, annotation: str | None) -> tl.tensor:
-    """A float argument as the compiler passes it: fp32, unless annotated fp64."""
-    dtype = tl.float64 if annotation and "fp64" in annotation else tl.float32
+    """A float argument as the compiler passes it: fp32, unless annotated tl.float64."""
+    dtype = tl.float64 if annotation == "tl.float64" else tl.float32
     return tl.tensor(TensorHandle(np.array([value], _np_dtype(dtype)), dtype), dtype)
 
 

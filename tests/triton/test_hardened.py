@@ -47,7 +47,7 @@ def _arithmetic(x, y, out, product, N: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _cast(source, target, alpha: "fp64", N: tl.constexpr):
+def _cast(source, target, alpha: tl.float64, N: tl.constexpr):
     at = tl.arange(0, N)
     tl.store(target + at, tl.load(source + at).to(target.dtype.element_ty) + tl.cast(alpha, target.dtype.element_ty))
 

@@ -99,9 +99,10 @@ def test_a_changed_worklist_is_noticed():
         tiles = tiles[:1]
 
 
-@pytest.mark.parametrize(("entries", "tile", "variant"), [(400, (64, 64), "tiles"), (40, (64, 64), "panels"),
-                                                          (1, (16, 16), "panels"),
-                                                           (256, (16, 16), "tiles")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("entries", "tile", "variant"),
+    [(400, (64, 64), "tiles"), (40, (64, 64), "panels"), (1, (16, 16), "panels"), (256, (16, 16), "tiles")],
+)
 def test_the_stated_rule(entries, tile, variant):
     """Panels where 2 * 1.25 operand elements per entry are fewer than a tile's BM + BN."""
     assert choose(10 * entries, 10, tile) == variant
