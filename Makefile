@@ -34,8 +34,8 @@ lint: $(STAMPS)/lint
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
 
-# Every module of bench/ that can be run by itself.
-BENCHES = $(patsubst bench/%.py,bench.%,$(shell grep -l __main__ bench/*.py))
+# Every module of bench/ that can be run by itself, without a GPU.
+BENCHES = $(filter-out bench.gpu,$(patsubst bench/%.py,bench.%,$(shell grep -l __main__ bench/*.py)))
 bench: $(STAMPS)/bench
 	set -e; for module in $(BENCHES); do echo "== $$module"; $(BIN)/python -m $$module; done
 
@@ -53,8 +53,7 @@ gpu: $(STAMPS)/package
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else \
 	  f'make gpu: no GPU here: torch {torch.__version__} finds no CUDA device')"
 	$(MAKE) $(STAMPS)/bench
-	$(BIN)/python -m pytest --benchmark-disable
-	$(MAKE) bench
+	$(BIN)/python -m bench.gpu
 
 clean:
 	rm -rf build dist *.egg-info sparseft/*.so sparseft/_build.json $(STAMPS)/package

@@ -189,12 +189,15 @@ def train(
     from sparseft.trainer import SparseConfig
 
     quiet_transformers()
+    evals = {Path(source).stem: source for source in eval or []}
+    if len(evals) < len(eval or []):
+        raise ValueError(f"--eval: the files' names must differ, got {', '.join(eval or [])}")
     folder = runs / name
     sparse = SparseConfig(density=density, criterion=criterion, tile=(tile, tile), tile_budget=tile_budget,
                           allocation=allocation, include=include, exclude=exclude, batches=selection_batches,
                           decay_to=decay_to, seed=seed)  # fmt: skip
     config = finetune.RunConfig(
-        model=model, data=data, evals={Path(source).stem: source for source in eval or []}, dtype=dtype,
+        model=model, data=data, evals=evals, dtype=dtype,
         device=device, chat_template=chat_template, system=system, max_length=max_length, sparse=sparse,
         epochs=epochs, steps=steps, learning_rate=lr, batch_size=batch_size, accumulate=accumulate,
         weight_decay=weight_decay, warmup=warmup, gradient_checkpointing=gradient_checkpointing, seed=seed,
@@ -241,7 +244,7 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answers.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 32,
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     output: Annotated[Path | None, typer.Option(help="Also write the metrics here, as JSON.")] = None,
 ) -> None:
     """Evaluate MODEL on rows: key facts, edit distance, loss, multiple choice."""
@@ -253,7 +256,7 @@ def evaluate(
     rows = {source: read_rows(source) for source in data}
     change = None if delta is None else Delta.load(delta)
     console = Console()
-    loaded, tokenizer = models.load(model, dtype=dtype, device=device)
+    loaded, tokenizer = models.load(model, dtype=dtype, device=models.device(device))
     if change is not None:
         change.apply_(loaded)
     encoder = Encoder(tokenizer, chat_template=chat_template, system=system)

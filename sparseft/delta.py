@@ -32,7 +32,7 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from sparseft.layers import selected
+from sparseft.layers import plain, selected
 from sparseft.ops import scatter_delta_
 from sparseft.optim import SparseAdamW
 from sparseft.packing import pack_pattern, unpack_pattern
@@ -336,7 +336,7 @@ class Delta:
 def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     """Every parameter with all its names (tied weights have several)."""
     names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in plain(model).named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
     return names
 

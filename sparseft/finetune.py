@@ -94,10 +94,7 @@ def run(config: RunConfig, folder: Path, display: Display, *, resume: bool = Fal
     Raises:
         ValueError: bad input; nothing was trained and the folder was not made.
     """
-    if not resume and folder.exists():
-        raise ValueError(f"{folder} exists already; choose another name, or resume it")
-    if resume and not (folder / CHECKPOINTS).is_dir():
-        raise ValueError(f"{folder} is no run to resume: it has no checkpoints")
+    _check_folder(folder, config, resume)
     rows = read_rows(config.data)
     eval_rows = {name: read_rows(source) for name, source in config.evals.items()}
     questions = read_rows(config.rehearse, check=check_question) if config.rehearse else []
@@ -132,6 +129,7 @@ def run(config: RunConfig, folder: Path, display: Display, *, resume: bool = Fal
             except BaseException:
                 shutil.rmtree(folder)  # Trainer made it; nothing is in it yet
                 raise
+        write_json(folder / CONFIG, asdict(config))
     display.stage("Train")
     with clock("train"):
         trained = trainer.train(resume_from_checkpoint=resume or None)
@@ -160,10 +158,30 @@ def run(config: RunConfig, folder: Path, display: Display, *, resume: bool = Fal
     }
     if not config.save_steps:
         (folder / CHECKPOINTS).rmdir()  # Trainer made it, and put nothing there
-    write_json(folder / CONFIG, asdict(config))
+    write_json(folder / CONFIG, asdict(config))  # of a resumed run: its new length
     write_json(folder / METRICS, metrics)
     _write_samples(folder / SAMPLES, eval_rows, before, after)
     return Run(folder, model, delta, metrics, before, after)
+
+
+def _check_folder(folder: Path, config: RunConfig, resume: bool) -> None:
+    checkpoints = any((folder / CHECKPOINTS).glob("checkpoint-*"))
+    if not resume:
+        if folder.exists():
+            way_out = "choose another name, or resume it" if checkpoints else "choose another name, or remove it"
+            raise ValueError(f"{folder} exists already; {way_out}")
+        return
+    if not checkpoints:
+        raise ValueError(f"{folder} is no run to resume: it has no checkpoints (it needs save_steps)")
+    before, now = json.loads((folder / CONFIG).read_text()), json.loads(json.dumps(asdict(config)))
+    changed = [key for key in now if key not in _FREE_ON_RESUME and now[key] != before.get(key)]
+    if changed:
+        told = ", ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed)
+        raise ValueError(f"{folder}: a run is resumed with its own settings; {told}")
+
+
+# what says how long a run is and how it is watched, not what it learns
+_FREE_ON_RESUME = ("epochs", "steps", "save_steps", "evals", "max_new_tokens", "device")
 
 
 def rehearsal(

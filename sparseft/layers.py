@@ -129,6 +129,7 @@ def sparsify(model: nn.Module, patterns: dict[str, Pattern]) -> nn.Module:
             not floating point, a module with attributes of the same names as the new ones, or a model that is
             sparsified already. The model is unchanged then.
     """
+    wrapped, model = model, plain(model)
     parameters_by_name = dict(model.named_parameters())
     _check(model, patterns, parameters_by_name)
     flags = {name: p.requires_grad for name, p in parameters_by_name.items()}
@@ -147,11 +148,12 @@ def sparsify(model: nn.Module, patterns: dict[str, Pattern]) -> nn.Module:
     ours = {id(tensor) for chosen in selected(model).values() for tensor in (*chosen.pattern.layout[:4], chosen.base)}
     ignored = [name for name, buffer in model.named_buffers() if id(buffer) in ours]
     model._ddp_params_and_buffers_to_ignore = ignored
-    return model
+    return wrapped
 
 
 def densify(model: nn.Module) -> nn.Module:
     """Back to plain layers, in place; weights keep their current values, `requires_grad` is as before `sparsify`."""
+    wrapped, model = model, plain(model)
     for module, name, _ in list(_walk(model)):
         chosen = _describe(module, name)
         for handle in module._sparseft.pop(name)["handles"]:
@@ -170,7 +172,12 @@ def densify(model: nn.Module) -> nn.Module:
     model.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
     for name, flag in model.__dict__.pop("_sparseft_flags", {}).items():
         model.get_parameter(name).requires_grad_(flag)
-    return model
+    return wrapped
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`'s wrapper, whose parameters have their own names."""
+    return getattr(model, "_orig_mod", model)
 
 
 def selected(model: nn.Module) -> dict[str, Selected]:
@@ -227,7 +234,7 @@ def owner(leaf: nn.Parameter) -> Selected | None:
 
 def _walk(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
     """(module, parameter name, qualified name) of every sparsified weight; mends what a copy lost."""
-    for prefix, module in model.named_modules():
+    for prefix, module in plain(model).named_modules():
         for name in getattr(module, "_sparseft", ()):
             bind(module, name)
             yield module, name, f"{prefix}.{name}" if prefix else name

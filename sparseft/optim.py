@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from sparseft.arena import Arena
 from sparseft.dropin import FirstBackward, free_others
-from sparseft.layers import Selected, owner, selected
+from sparseft.layers import Selected, owner, plain, selected
 from sparseft.ops import scatter_delta_
 from sparseft.pattern import TENSORS, Pattern, matrix_shape
 from sparseft.selection import eligible
@@ -125,7 +125,7 @@ class SparseAdamW(Optimizer):
         """The selected weights that this optimizer trains, by their names in `model`, in its order."""
         mine = [self._find(leaf) for group in self.param_groups for leaf in group["params"]]
         by_weight = {chosen.weight: chosen for chosen in mine if chosen is not None}
-        return {name: replace(by_weight[p], name=name) for name, p in model.named_parameters() if p in by_weight}
+        return {name: replace(by_weight[p], name=name) for name, p in plain(model).named_parameters() if p in by_weight}
 
     @property
     def skipped_steps(self) -> int:

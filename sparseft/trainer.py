@@ -125,6 +125,10 @@ class SparseTrainer(Trainer):
                 leaves, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
                 weight_decay=args.weight_decay, decay_to=self.sparse.decay_to, on_nonfinite=self.sparse.on_nonfinite,
             )  # fmt: skip
+        leaves_now = {chosen.values for chosen in selected(self.model).values()}
+        if not leaves_now & {p for group in self.optimizer.param_groups for p in group["params"]}:
+            raise ValueError("optimizers: the given one trains none of the selected entries; sparsify the model first "
+                             "and give it sparseft.parameters(model)")  # fmt: skip
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

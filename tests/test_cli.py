@@ -150,6 +150,16 @@ def test_the_same_seed_gives_the_same_delta_and_resume_continues(start):
     assert_same(change, same)
     call(*train(start, "--save-steps", 4, "--resume", name="again"))
     assert_same(change, load_file(again / "delta.safetensors"))
+    line = error(*train(start, "--save-steps", 4, "--resume", "--criterion", "taylor", name="again"))
+    assert "'criterion': 'grad'" in line and "'criterion': 'taylor'" in line
+    assert_same(change, load_file(again / "delta.safetensors"))
+
+
+def test_evaluation_files_of_one_name_are_refused(start):
+    (start / "other").mkdir()
+    other = write_jsonl(start / "other" / "held.jsonl", HELD_OUT)
+    assert "names must differ" in error(*train(start, "--eval", start / "held.jsonl", "--eval", other, name="twice"))
+    assert not (start / "runs" / "twice").exists()
 
 
 @pytest.mark.parametrize(("options", "message"), [

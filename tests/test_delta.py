@@ -656,3 +656,16 @@ def test_the_drop_in_door_makes_a_delta_too(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters(), strict=True))
     with pytest.raises(ValueError, match="pass the optimizer"):
         Delta.from_model(model)
+
+
+def test_a_compiled_model_goes_by_its_plain_names():
+    plain = nn.Sequential(nn.Linear(8, 8))
+    model = torch.compile(copy.deepcopy(plain), backend="aot_eager")
+    sparseft.sparsify(model, sparseft.select(model, criterion="magnitude", density=0.1))
+    optimizer = sparseft.SparseAdamW(model, lr=0.1)
+    model(torch.randn(3, 8)).square().sum().backward()
+    optimizer.step()
+    delta = Delta.from_model(model)
+    assert list(delta.changes) == ["0.weight"]
+    delta.apply_(plain)
+    assert torch.equal(plain[0].weight, model.get_parameter("_orig_mod.0.weight"))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
+from sparseft.layers import sparsify
 from sparseft.pattern import Pattern, matrix_shape
 from sparseft.selection import CRITERIA, Criterion, StreamingTopK, eligible, select
 
@@ -783,3 +784,10 @@ def test_integer_parameters_are_never_eligible():
     patterns = select(model, mlp_batches(2), density=0.1, loss_fn=mlp_loss, allocation="layer")
     assert model.table.requires_grad is False
     assert patterns.keys() == {"up.weight", "down.weight"}
+
+
+def test_a_sparsified_model_is_refused():
+    model = torch.nn.Linear(8, 8)
+    sparsify(model, select(model, criterion="magnitude", density=0.1))
+    with pytest.raises(ValueError, match="densify"):
+        select(model, criterion="magnitude", density=0.1)

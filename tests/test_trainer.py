@@ -293,3 +293,10 @@ def test_wrong_settings_are_refused_at_once(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=name):
         SparseConfig(**wrong)
+
+
+def test_an_optimizer_without_the_selected_entries_is_refused(tmp_path):
+    one = trainer(llama(), tmp_path)
+    one.optimizer = torch.optim.AdamW(one.model.parameters())
+    with pytest.raises(ValueError, match="sparsify the model first"):
+        one.train()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparseft.layers import plain, selected
 from sparseft.pattern import Pattern, check_tile
 from sparseft.selection.budget import ALLOCATIONS, Budget
 from sparseft.selection.criteria import CRITERIA, Criterion, find
@@ -77,6 +78,9 @@ def select(
         ValueError, TypeError: an argument does not fit, a batch gives no loss or no gradient, or a score is not
             finite (the weight and the batch are named). The model is as it was.
     """
+    if selected(model):
+        raise ValueError("model is sparsified already; densify it before selecting again")
+    model = plain(model)
     rule = find(criterion)
     _check(density, tile, tile_budget, allocation)
     _check_batches(rule, batches)
