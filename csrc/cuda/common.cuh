@@ -43,9 +43,12 @@ enum class Access { read, write, write_fresh };
 template <typename T>
 void allow(const T*, int64_t, Access) {}
 
+// From global memory, in accesses of 16 bytes where the size allows it.
 template <typename V>
 __device__ V load(const V* from) {
-  return *from;
+  V value;
+  load_words<sizeof(V)>(&value, from);
+  return value;
 }
 
 template <typename V>

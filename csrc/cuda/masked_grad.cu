@@ -110,15 +110,19 @@ __device__ bool is_copyable(const Operand<T>& operand, int64_t first) {
 // Brings [t0, t0 + kDepth) of the part's columns into a stage; zeros beyond the edges.
 template <typename T, int kSide>
 __device__ void fetch(const Operand<T>& operand, int64_t first, int64_t t0, int64_t depth, Stage<kSide>& stage) {
-  const bool copyable = is_copyable(operand, first);
-  for (int i = threadIdx.x; i < kDepth * (kSide / kChunk); i += kThreads<kSide>) {
-    const int t = i / (kSide / kChunk), c = i % (kSide / kChunk) * kChunk;
-    const T* line = operand.data + (t0 + t) * operand.stride;
-    if (copyable) {
+  if (is_copyable(operand, first)) {
+    for (int i = threadIdx.x; i < kDepth * (kSide / kChunk); i += kThreads<kSide>) {
+      const int t = i / (kSide / kChunk), c = i % (kSide / kChunk) * kChunk;
       const int64_t left = t0 + t < depth ? min(operand.active, operand.width) - first - c : 0;
       const int count = left < 0 ? 0 : left < kChunk ? static_cast<int>(left) : kChunk;
-      copy_async(stage.at(t, c), count > 0 ? line + first + c : operand.data, count * static_cast<int>(sizeof(T)));
-    } else {
+      const T* from = count > 0 ? operand.data + (t0 + t) * operand.stride + first + c : operand.data;
+      copy_async(stage.at(t, c), from, count * static_cast<int>(sizeof(T)));
+    }
+  } else {
+#pragma unroll 1  // the uncommon way must not cost the other one registers
+    for (int i = threadIdx.x; i < kDepth * (kSide / kChunk); i += kThreads<kSide>) {
+      const int t = i / (kSide / kChunk), c = i % (kSide / kChunk) * kChunk;
+      const T* line = operand.data + (t0 + t) * operand.stride;
       Vec<T, kChunk> chunk;
       for (int j = 0; j < kChunk; ++j) {
         const int64_t column = t0 + t < depth ? operand.column(first + c + j) : -1;
@@ -130,7 +134,7 @@ __device__ void fetch(const Operand<T>& operand, int64_t first, int64_t t0, int6
 }
 
 template <typename T, int kSide>
-__global__ void __launch_bounds__(kThreads<kSide>) masked_grad(Problem<T> problem) {
+__global__ void __launch_bounds__(kThreads<kSide>, 1) masked_grad(Problem<T> problem) {
   constexpr int kWarpCols = kSide / 2;
   constexpr int kDown = kWarpRows / 16, kAcross = kWarpCols / 8;  // 16 x 8 products of a warp
   auto& shared = shared_memory<Memory<kSide>>();
@@ -146,6 +150,7 @@ __global__ void __launch_bounds__(kThreads<kSide>) masked_grad(Problem<T> proble
     }
     commit_copies();  // an empty group past the end keeps the count right
   };
+#pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) fetch_stage(i);
 
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;

@@ -21,6 +21,27 @@ __device__ inline void publish(uint64_t* word, uint64_t value) {
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" : : "l"(word), "l"(value) : "memory");
 }
 
+// Reads global memory in the widest words. A plain copy of a struct may be split into its elements; this is not.
+template <size_t bytes>
+__device__ void load_words(void* to, const void* from) {
+  const size_t address = __cvta_generic_to_global(from);
+  if constexpr (bytes % 16 == 0) {
+    for (size_t i = 0; i < bytes; i += 16) {
+      uint32_t word[4];
+      asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                   : "l"(address + i)
+                   : "memory");
+      memcpy(static_cast<char*>(to) + i, word, 16);
+    }
+  } else {
+    static_assert(bytes == 8, "vectors have 8 bytes or a multiple of 16");
+    uint32_t word[2];
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "l"(address) : "memory");
+    memcpy(to, word, 8);
+  }
+}
+
 // Copies 16 bytes from global to shared memory in the background; of these the first `bytes` are read, the rest
 // become zeros.
 __device__ inline void copy_async(void* to, const void* from, int bytes) {

@@ -4,6 +4,8 @@
 namespace sparseft {
 namespace {
 
+constexpr int kQuads = 2;  // eight weight accesses of a thread are in flight
+
 template <typename W, typename V>
 __device__ W combine(W weight, V value, WriteMode mode, double alpha) {
   using S = Wide<W>;
@@ -17,24 +19,26 @@ __device__ W combine(W weight, V value, WriteMode mode, double alpha) {
 }
 
 template <typename W, typename V>
-__global__ void __launch_bounds__(kEntryThreads)
+__global__ void __launch_bounds__(kEntryThreads, 2)
     scatter_delta(Table<Weight<W>> weights, V* values, Entries entries, WriteMode mode, double alpha, bool aligned) {
-  const int lane = threadIdx.x % kWarp;
-  const int64_t first = first_entry();
-  Cursor cursor(entries, first_tile(entries, first));
-  for (int q = 0; q < kQuads; ++q) {
-    const Located<W> at(entries, weights, cursor, first + (q * kWarp + lane) * kQuad, aligned);
-    V value[kQuad];
-    at.quad.read(value, values);
-    W before[kQuad];
+  Located<W> at[kQuads];
+  V value[kQuads][kQuad];
+  W before[kQuads][kQuad];
+  locate_quads(at, entries, weights, aligned);
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {  // all reads before the first write: they are under way together
+    at[q].quad.read(value[q], values);
     for (int i = 0; i < kQuad; ++i) {
-      if (at.weight[i] != nullptr && mode != WriteMode::copy) before[i] = *at.weight[i];
+      if (at[q].weight[i] != nullptr && mode != WriteMode::copy) before[q][i] = *at[q].weight[i];
     }
+  }
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
     for (int i = 0; i < kQuad; ++i) {
-      if (at.weight[i] != nullptr) *at.weight[i] = combine(before[i], value[i], mode, alpha);
+      if (at[q].weight[i] != nullptr) *at[q].weight[i] = combine(before[q][i], value[q][i], mode, alpha);
     }
     if constexpr (std::is_same_v<W, V>) {
-      if (mode == WriteMode::swap) at.quad.write(values, before);
+      if (mode == WriteMode::swap) at[q].quad.write(values, before[q]);
     }
   }
 }
@@ -53,8 +57,8 @@ void scatter_delta_cuda(std::vector<Tensor> weights, Tensor values, const Tensor
       using V = typename decltype(value_tag)::type;
       V* data = call.output<V>(values);
       const bool aligned = is_aligned(data) && is_aligned(entries.local);
-      call.launch(scatter_delta<W, V>, entry_blocks(entries), kEntryThreads, 0, table, data, entries, mode, alpha,
-                  aligned);
+      call.launch(scatter_delta<W, V>, entry_blocks(entries, kQuads), kEntryThreads, 0, table, data, entries, mode,
+                  alpha, aligned);
     };
     if (values.scalar_type() == weights[0].scalar_type()) return run(Tag<W>{});
     run(Tag<float>{});

@@ -5,6 +5,8 @@
 namespace sparseft {
 namespace {
 
+constexpr int kQuads = 1;  // its streams alone are six 16-byte accesses
+
 struct Hyper {
   double beta1, beta2, eps, weight_decay;
   bool maximize;
@@ -46,7 +48,7 @@ struct Correction {
 };
 
 template <typename W>
-__global__ void __launch_bounds__(kEntryThreads)
+__global__ void __launch_bounds__(kEntryThreads, 2)
     sparse_adamw(Table<Weight<W>> weights, State<W> state, Entries entries, Hyper hyper, bool aligned) {
   using S = Wide<W>;
   if (hyper.found_inf != nullptr && *hyper.found_inf != 0) return;
@@ -57,37 +59,39 @@ __global__ void __launch_bounds__(kEntryThreads)
   S scale = hyper.grad_scale != nullptr ? static_cast<S>(*hyper.grad_scale) : S{1};
   if (hyper.maximize) scale = -scale;
 
-  const int lane = threadIdx.x % kWarp;
-  const int64_t first = first_entry();
-  Cursor cursor(entries, first_tile(entries, first));
+  Located<W> at[kQuads];
+  S values[kQuads][kQuad], grad[kQuads][kQuad], exp_avg[kQuads][kQuad], exp_avg_sq[kQuads][kQuad];
+  W base[kQuads][kQuad] = {};
+  int32_t born[kQuads][kQuad] = {};
+  locate_quads(at, entries, weights, aligned);
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {  // all reads before the first write: they are under way together
+    at[q].quad.read(values[q], state.values);
+    at[q].quad.read(grad[q], state.grad);
+    at[q].quad.read(exp_avg[q], state.exp_avg);
+    at[q].quad.read(exp_avg_sq[q], state.exp_avg_sq);
+    if (state.base != nullptr) at[q].quad.read(base[q], state.base);
+    if (state.born != nullptr) at[q].quad.read(born[q], state.born);
+  }
   Correction<S> correction;
+#pragma unroll
   for (int q = 0; q < kQuads; ++q) {
-    const Located<W> at(entries, weights, cursor, first + (q * kWarp + lane) * kQuad, aligned);
-    if (at.quad.active == 0) continue;
-    S w[kQuad], g[kQuad], m[kQuad], v[kQuad];
-    W base[kQuad] = {};
-    int32_t born[kQuad] = {};
-    at.quad.read(w, state.values);
-    at.quad.read(g, state.grad);
-    at.quad.read(m, state.exp_avg);
-    at.quad.read(v, state.exp_avg_sq);
-    if (state.base != nullptr) at.quad.read(base, state.base);
-    if (state.born != nullptr) at.quad.read(born, state.born);
+#pragma unroll
     for (int i = 0; i < kQuad; ++i) {
-      if (at.weight[i] == nullptr) continue;
-      correction.at(hyper.step[at.layer[i]] - born[i], lr, hyper);
-      const S gradient = g[i] * scale;
-      const S target = state.base != nullptr ? static_cast<S>(base[i]) : S{0};
-      w[i] -= decay * (w[i] - target);
-      // torch.lerp's two forms: each is exact at its own end
-      m[i] = fresh1 < S{0.5} ? m[i] + fresh1 * (gradient - m[i]) : gradient - (gradient - m[i]) * (S{1} - fresh1);
-      v[i] = v[i] * beta2 + fresh2 * gradient * gradient;
-      w[i] -= correction.rate * m[i] / (sqrt(v[i]) / correction.root + eps);
-      *at.weight[i] = static_cast<W>(w[i]);
+      if (at[q].weight[i] == nullptr) continue;
+      S &w = values[q][i], &m = exp_avg[q][i], &v = exp_avg_sq[q][i];
+      correction.at(hyper.step[at[q].layer[i]] - born[q][i], lr, hyper);
+      const S g = grad[q][i] * scale;
+      const S target = state.base != nullptr ? static_cast<S>(base[q][i]) : S{0};
+      w -= decay * (w - target);
+      m = fresh1 < S{0.5} ? m + fresh1 * (g - m) : g - (g - m) * (S{1} - fresh1);  // torch.lerp: each exact at its end
+      v = v * beta2 + fresh2 * g * g;
+      w -= correction.rate * m / (sqrt(v) / correction.root + eps);
+      *at[q].weight[i] = static_cast<W>(w);
     }
-    at.quad.write(state.values, w);
-    at.quad.write(state.exp_avg, m);
-    at.quad.write(state.exp_avg_sq, v);
+    at[q].quad.write(state.values, values[q]);
+    at[q].quad.write(state.exp_avg, exp_avg[q]);
+    at[q].quad.write(state.exp_avg_sq, exp_avg_sq[q]);
   }
 }
 
@@ -124,7 +128,7 @@ void sparse_adamw_cuda(std::vector<Tensor> weights, Tensor values, const Tensor&
                                                                   state.exp_avg_sq, state.base, state.born}) {
       aligned = aligned && is_aligned(pointer);
     }
-    call.launch(sparse_adamw<W>, entry_blocks(entries), kEntryThreads, 0, make_weights<W>(call, weights), state,
+    call.launch(sparse_adamw<W>, entry_blocks(entries, kQuads), kEntryThreads, 0, make_weights<W>(call, weights), state,
                 entries, hyper, aligned);
   });
 }

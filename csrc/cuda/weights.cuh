@@ -1,6 +1,5 @@
 // The two operations that walk the entries in their stored order (scatter_delta_, sparse_adamw_): four neighbouring
-// entries at a time, so that everything kept per entry moves in 16-byte accesses, and two such quads per thread, so
-// that eight weight accesses are in flight.
+// entries at a time, so that everything kept per entry moves in 16-byte accesses.
 #pragma once
 
 #include "common.cuh"
@@ -8,10 +7,7 @@
 namespace sparseft {
 
 constexpr int kQuad = 4;
-constexpr int kQuads = 2;
 constexpr int kEntryThreads = 256;
-constexpr int kEntriesPerWarp = kWarp * kQuad * kQuads;
-constexpr int kEntriesPerBlock = kEntryThreads * kQuad * kQuads;
 
 template <typename W>
 struct Weight {
@@ -26,8 +22,10 @@ Table<Weight<W>> make_weights(Call& call, const std::vector<Tensor>& weights) {
   return make_table(call, records);
 }
 
-inline int64_t entry_blocks(const Entries& entries) {
-  return entries.tile_count == 0 ? 0 : (entries.count + kEntriesPerBlock - 1) / kEntriesPerBlock;
+// Blocks of a launch in which every thread takes `quads` quads.
+inline int64_t entry_blocks(const Entries& entries, int quads) {
+  const int64_t each = kEntryThreads * kQuad * quads;
+  return entries.tile_count == 0 ? 0 : (entries.count + each - 1) / each;
 }
 
 // Four neighbouring entries; bit i of `active` says that entry + i is in the worklist.
@@ -92,16 +90,16 @@ template <typename W>
 struct Located {
   Quad quad;
   W* weight[kQuad] = {};
-  int64_t layer[kQuad] = {};
+  int32_t layer[kQuad] = {};
 
-  __device__ Located(const Entries& entries, const Table<Weight<W>>& weights, Cursor& cursor, int64_t first,
-                     bool aligned) {
+  __device__ void locate(const Entries& entries, const Table<Weight<W>>& weights, Cursor& cursor, int64_t first,
+                         bool aligned) {
     int64_t row0[kQuad], col0[kQuad];
     quad.entry = first;
     for (int i = 0; i < kQuad; ++i) {
       if (!cursor.find(entries, first + i)) continue;
       quad.active |= 1u << i;
-      layer[i] = cursor.tile.layer;
+      layer[i] = static_cast<int32_t>(cursor.tile.layer);
       row0[i] = cursor.tile.row0;
       col0[i] = cursor.tile.col0;
     }
@@ -118,9 +116,17 @@ struct Located {
   }
 };
 
-__device__ inline int64_t first_entry() {
+// Finds this thread's quads: neighbouring lanes have neighbouring quads.
+template <typename W, int kQuads>
+__device__ void locate_quads(Located<W> (&at)[kQuads], const Entries& entries, const Table<Weight<W>>& weights,
+                             bool aligned) {
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  return thread / kWarp * kEntriesPerWarp;
+  const int64_t first = thread / kWarp * (kWarp * kQuad * kQuads);
+  Cursor cursor(entries, first_tile(entries, first));
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    at[q].locate(entries, weights, cursor, first + (q * kWarp + thread % kWarp) * kQuad, aligned);
+  }
 }
 
 }  // namespace sparseft

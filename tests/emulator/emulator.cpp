@@ -62,7 +62,7 @@ constexpr bool kChecked = true;
 constexpr int kWarp = 32;
 constexpr size_t kStack = 128 << 10;
 constexpr size_t kSharedGranule = 4;  // bytes of a shadow cell of shared memory; of a tensor: its element
-constexpr uintptr_t kSector = 32;  // bytes that global memory moves at once
+constexpr uintptr_t kSector = 32;     // bytes that global memory moves at once
 constexpr uint8_t kPoison = 0xA5;
 
 // While one lives, ThreadSanitizer does not look: the scheduler's own data are no business of the kernels.
@@ -85,17 +85,17 @@ struct Quiet {
 
 struct Options {
   uint64_t seed = 0;
-  int resident = 3;            // blocks in flight
-  bool sectors = false;        // log global accesses
-  std::string removed;         // the place of a barrier or wait that does nothing
-  std::string torn;            // the place of an atomic that is none
+  int resident = 3;      // blocks in flight
+  bool sectors = false;  // log global accesses
+  std::string removed;   // the place of a barrier or wait that does nothing
+  std::string torn;      // the place of an atomic that is none
 } options;
 
 std::set<std::tuple<const char*, const char*, int>> places_seen;  // barriers, waits and atomics that ran
 
 // ---- shadow memory -------------------------------------------------------------------------------------------------
 
-struct Moment {  // who touched a cell, and when in that thread's terms
+struct Moment {         // who touched a cell, and when in that thread's terms
   uint32_t thread = 0;  // 1 + number among all threads of all launches of the call; 0: nobody
   uint32_t block_phase = 0;
   uint32_t warp_phase = 0;
@@ -126,7 +126,7 @@ class Shadow {
 };
 
 struct Traffic {
-  uint64_t requests = 0, bytes = 0, sectors = 0;  // per warp instruction, summed
+  uint64_t requests = 0, bytes = 0, sectors = 0;    // per warp instruction, summed
   std::unordered_map<uintptr_t, uint32_t> touched;  // sector -> which of its bytes, over the whole call
 };
 
@@ -143,7 +143,7 @@ struct Range {
 };
 
 std::vector<std::unique_ptr<Region>> regions;
-Range arguments;          // the kernel's arguments
+Range arguments;           // the kernel's arguments
 std::vector<Range> image;  // this library's own segments: constants
 
 // ---- threads -------------------------------------------------------------------------------------------------------
@@ -290,8 +290,8 @@ void wait(const char* what, Place place) {
 [[noreturn]] void fail(const std::string& message) {
   if (machine.error.empty()) {
     const Thread* self = machine.current;
-    machine.error = message + " (block " + std::to_string(self->block->index) + ", thread " +
-                    std::to_string(self->index) + ")";
+    machine.error =
+        message + " (block " + std::to_string(self->block->index) + ", thread " + std::to_string(self->index) + ")";
   }
   for (;;) to_scheduler();
 }
@@ -386,7 +386,8 @@ std::unique_ptr<Block> make_block(unsigned index) {
 
 Region* region_at(uintptr_t at, size_t bytes) {
   static size_t last = 0;  // accesses come in runs
-  if (last < regions.size() && at >= regions[last]->begin && at + bytes <= regions[last]->end) return regions[last].get();
+  if (last < regions.size() && at >= regions[last]->begin && at + bytes <= regions[last]->end)
+    return regions[last].get();
   for (size_t i = 0; i < regions.size(); ++i) {
     if (at >= regions[i]->begin && at + bytes <= regions[i]->end) {
       last = i;
@@ -459,7 +460,8 @@ std::string describe(Kind kind, size_t bytes, const void* site) {
 
 void check_cell(Cell& cell, Kind kind, size_t bytes, const void* site, const char* where) {
   const Thread& self = *machine.current;
-  if (cell.in_flight) fail(std::string(where) + ": " + describe(kind, bytes, site) + " while a copy to it is under way");
+  if (cell.in_flight)
+    fail(std::string(where) + ": " + describe(kind, bytes, site) + " while a copy to it is under way");
   if (kind != Kind::write && !cell.initialised) {
     fail(std::string(where) + ": " + describe(kind, bytes, site) + " of memory that was never written");
   }
@@ -472,7 +474,8 @@ void check_cell(Cell& cell, Kind kind, size_t bytes, const void* site, const cha
   }
   const Moment now{self.number, self.block->phase, self.warp_phase};
   if (kind == Kind::read) {
-    if (cell.read.thread != 0 && (cell.read.thread - 1) / kWarp != (self.number - 1) / kWarp) cell.other_read = cell.read;
+    if (cell.read.thread != 0 && (cell.read.thread - 1) / kWarp != (self.number - 1) / kWarp)
+      cell.other_read = cell.read;
     cell.read = now;
   } else {
     cell.write = now;
@@ -533,7 +536,8 @@ void check_access(const void* pointer, size_t bytes, Kind kind, const void* site
   if (options.sectors && kind != Kind::atomic) {
     for (size_t i = 0; i < bytes; i += 16) {  // a thread moves at most 16 bytes at once
       const uint32_t count = self->executed[site]++;
-      block.warps[self->index / kWarp].log[kind == Kind::write][{site, count}].push_back({at + i, std::min<size_t>(bytes - i, 16)});
+      block.warps[self->index / kWarp].log[kind == Kind::write][{site, count}].push_back(
+          {at + i, std::min<size_t>(bytes - i, 16)});
     }
   }
 }
@@ -551,7 +555,8 @@ const Slots& meet(unsigned mask, const void* deposit, size_t bytes, const char* 
   Quiet quiet;
   Thread* self = machine.current;
   Warp& warp = self->block->warps[self->index / kWarp];
-  const int lanes = std::min<int>(kWarp, static_cast<int>(machine.threads) - static_cast<int>(self->index / kWarp * kWarp));
+  const int lanes =
+      std::min<int>(kWarp, static_cast<int>(machine.threads) - static_cast<int>(self->index / kWarp * kWarp));
   if (mask != ~0u || lanes != kWarp) fail(std::string(what) + " at " + name(place) + " needs whole warps here");
   if (warp.arrived == 0) {
     warp.what = what;
@@ -624,11 +629,18 @@ int note_segment(dl_phdr_info* info, size_t, void* self) {
 
 }  // namespace
 
-// ---- emulator.h ------------------------------------------------------------------------------------------------------
+// ---- emulator.h
+// ------------------------------------------------------------------------------------------------------
 
-Index thread_index() { return {machine.current->index}; }
-Index block_index() { return {machine.current->block->index}; }
-Index block_size() { return {machine.threads, 1, 1}; }
+Index thread_index() {
+  return {machine.current->index};
+}
+Index block_index() {
+  return {machine.current->block->index};
+}
+Index block_size() {
+  return {machine.threads, 1, 1};
+}
 
 void begin_call() {
   Quiet quiet;
@@ -709,14 +721,16 @@ void* shared_bytes(size_t bytes) {
 }
 
 void read(void* to, const void* from, size_t bytes, size_t alignment) {
-  if (reinterpret_cast<uintptr_t>(from) % alignment != 0) fail("misaligned vector load at " + source_of(__builtin_return_address(0)));
+  if (reinterpret_cast<uintptr_t>(from) % alignment != 0)
+    fail("misaligned vector load at " + source_of(__builtin_return_address(0)));
   check_access(from, bytes, Kind::read, __builtin_return_address(0));
   Quiet quiet;
   memcpy(to, from, bytes);
 }
 
 void write(void* to, const void* from, size_t bytes, size_t alignment) {
-  if (reinterpret_cast<uintptr_t>(to) % alignment != 0) fail("misaligned vector store at " + source_of(__builtin_return_address(0)));
+  if (reinterpret_cast<uintptr_t>(to) % alignment != 0)
+    fail("misaligned vector store at " + source_of(__builtin_return_address(0)));
   check_access(to, bytes, Kind::write, __builtin_return_address(0));
   Quiet quiet;
   memcpy(to, from, bytes);
@@ -727,7 +741,8 @@ int barrier(bool predicate, Place place) {
   Thread* self = machine.current;
   Block& block = *self->block;
   if (is_removed("barrier", place)) return predicate;
-  if (block.alive != static_cast<int>(block.threads.size())) fail("barrier " + name(place) + " after a thread has exited");
+  if (block.alive != static_cast<int>(block.threads.size()))
+    fail("barrier " + name(place) + " after a thread has exited");
   if (block.waiting.empty()) {
     block.place = place;
     block.holds = 0;
@@ -807,7 +822,8 @@ void copy_async(void* to, const void* from, int bytes) {
   check_access(to, 16, Kind::write, site);
   Quiet quiet;
   mark_in_flight(to, true);
-  machine.current->open.push_back({static_cast<char*>(to), static_cast<const char*>(from), static_cast<size_t>(bytes), site});
+  machine.current->open.push_back(
+      {static_cast<char*>(to), static_cast<const char*>(from), static_cast<size_t>(bytes), site});
 }
 
 void commit_copies() {
@@ -849,9 +865,11 @@ void load_matrices(uint32_t (&to)[4], const void* row, Place place) {
   }
 }
 
-void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*value)(uint16_t), Place place) {
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*value)(uint16_t),
+                  Place place) {
   float mine[12];  // the elements in this lane's registers
-  for (unsigned i = 0; i < 12; ++i) mine[i] = value(static_cast<uint16_t>((i < 8 ? a[i / 2] : b[i / 2 - 4]) >> i % 2 * 16));
+  for (unsigned i = 0; i < 12; ++i)
+    mine[i] = value(static_cast<uint16_t>((i < 8 ? a[i / 2] : b[i / 2 - 4]) >> i % 2 * 16));
   const Slots& slots = meet(~0u, mine, sizeof(mine), "mma", place);
   Quiet quiet;
   const unsigned lane = machine.current->index % kWarp;
@@ -914,25 +932,46 @@ EXPORT const char* emulator_traffic() {
 
 #if !defined(EMULATOR_TSAN) && !defined(EMULATOR_ASAN)
 #define HOOK __attribute__((visibility("hidden")))
-#define HOOKS(bytes)                                                                                                  \
-  HOOK void __tsan_read##bytes(void* at) { check_access(at, bytes, Kind::read, __builtin_return_address(0)); }        \
-  HOOK void __tsan_write##bytes(void* at) { check_access(at, bytes, Kind::write, __builtin_return_address(0)); }      \
-  HOOK void __tsan_unaligned_read##bytes(void* at) { check_access(at, bytes, Kind::read, __builtin_return_address(0)); } \
-  HOOK void __tsan_unaligned_write##bytes(void* at) { check_access(at, bytes, Kind::write, __builtin_return_address(0)); }
-HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16)
-HOOK void __tsan_read_range(void* at, unsigned long bytes) { check_access(at, bytes, Kind::read, __builtin_return_address(0)); }
-HOOK void __tsan_write_range(void* at, unsigned long bytes) { check_access(at, bytes, Kind::write, __builtin_return_address(0)); }
+#define HOOKS(bytes)                                                   \
+  HOOK void __tsan_read##bytes(void* at) {                             \
+    check_access(at, bytes, Kind::read, __builtin_return_address(0));  \
+  }                                                                    \
+  HOOK void __tsan_write##bytes(void* at) {                            \
+    check_access(at, bytes, Kind::write, __builtin_return_address(0)); \
+  }                                                                    \
+  HOOK void __tsan_unaligned_read##bytes(void* at) {                   \
+    check_access(at, bytes, Kind::read, __builtin_return_address(0));  \
+  }                                                                    \
+  HOOK void __tsan_unaligned_write##bytes(void* at) {                  \
+    check_access(at, bytes, Kind::write, __builtin_return_address(0)); \
+  }
+HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16) HOOK void __tsan_read_range(void* at, unsigned long bytes) {
+  check_access(at, bytes, Kind::read, __builtin_return_address(0));
+}
+HOOK void __tsan_write_range(void* at, unsigned long bytes) {
+  check_access(at, bytes, Kind::write, __builtin_return_address(0));
+}
 HOOK void __tsan_func_entry(void*) {}
 HOOK void __tsan_func_exit(void*) {}
 HOOK void __tsan_vptr_update(void**, void*) {}
 HOOK void __tsan_vptr_read(void**) {}
 HOOK void __tsan_init() {}
 // Atomics of the host code around the kernels (reference counts): kernels use those of emulator.h.
-HOOK int __tsan_atomic32_fetch_add(volatile int* at, int value, int) { return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST); }
-HOOK int __tsan_atomic32_fetch_sub(volatile int* at, int value, int) { return __atomic_fetch_sub(at, value, __ATOMIC_SEQ_CST); }
-HOOK int __tsan_atomic32_load(const volatile int* at, int) { return __atomic_load_n(at, __ATOMIC_SEQ_CST); }
-HOOK long __tsan_atomic64_load(const volatile long* at, int) { return __atomic_load_n(at, __ATOMIC_SEQ_CST); }
-HOOK unsigned char __tsan_atomic8_load(const volatile unsigned char* at, int) { return __atomic_load_n(at, __ATOMIC_SEQ_CST); }
+HOOK int __tsan_atomic32_fetch_add(volatile int* at, int value, int) {
+  return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST);
+}
+HOOK int __tsan_atomic32_fetch_sub(volatile int* at, int value, int) {
+  return __atomic_fetch_sub(at, value, __ATOMIC_SEQ_CST);
+}
+HOOK int __tsan_atomic32_load(const volatile int* at, int) {
+  return __atomic_load_n(at, __ATOMIC_SEQ_CST);
+}
+HOOK long __tsan_atomic64_load(const volatile long* at, int) {
+  return __atomic_load_n(at, __ATOMIC_SEQ_CST);
+}
+HOOK unsigned char __tsan_atomic8_load(const volatile unsigned char* at, int) {
+  return __atomic_load_n(at, __ATOMIC_SEQ_CST);
+}
 #endif
 }
 

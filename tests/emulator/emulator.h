@@ -77,10 +77,18 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 
 // ---- CUDA's names ------------------------------------------------------------------------------------------------
 
-inline void __syncthreads(EMULATOR_PLACE) { emulator::barrier(false, place); }
-inline int __syncthreads_or(bool predicate, EMULATOR_PLACE) { return emulator::barrier(predicate, place) > 0; }
-inline int __syncthreads_count(bool predicate, EMULATOR_PLACE) { return emulator::barrier(predicate, place); }
-inline void __syncwarp(unsigned mask = ~0u, EMULATOR_PLACE) { emulator::warp_barrier(mask, place); }
+inline void __syncthreads(EMULATOR_PLACE) {
+  emulator::barrier(false, place);
+}
+inline int __syncthreads_or(bool predicate, EMULATOR_PLACE) {
+  return emulator::barrier(predicate, place) > 0;
+}
+inline int __syncthreads_count(bool predicate, EMULATOR_PLACE) {
+  return emulator::barrier(predicate, place);
+}
+inline void __syncwarp(unsigned mask = ~0u, EMULATOR_PLACE) {
+  emulator::warp_barrier(mask, place);
+}
 inline unsigned __ballot_sync(unsigned mask, bool predicate, EMULATOR_PLACE) {
   return emulator::ballot(mask, predicate, place);
 }
@@ -117,8 +125,12 @@ EMULATOR_INLINE uint32_t atomicOr(uint32_t* to, uint32_t value, EMULATOR_PLACE) 
   return emulator::atomic_or(to, value, place);
 }
 
-inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
+inline int __popc(unsigned bits) {
+  return __builtin_popcount(bits);
+}
+inline int __ffs(unsigned bits) {
+  return __builtin_ffs(static_cast<int>(bits));
+}
 
 // ---- what common.cuh and ptx.cuh define on the device -----------------------------------------------------------
 
@@ -128,8 +140,8 @@ enum class Access { read, write, write_fresh };
 
 template <typename T>
 void allow(const T* begin, int64_t count, Access access) {
-  emulator::allow_memory(begin, static_cast<size_t>(count) * sizeof(T), std::min<size_t>(sizeof(T), 8), access != Access::read,
-                         access != Access::write_fresh);
+  emulator::allow_memory(begin, static_cast<size_t>(count) * sizeof(T), std::min<size_t>(sizeof(T), 8),
+                         access != Access::read, access != Access::write_fresh);
 }
 
 template <typename V>
@@ -149,11 +161,19 @@ S& shared_memory() {
   return *static_cast<S*>(emulator::shared_bytes(sizeof(S)));
 }
 
-inline uint64_t poll(const uint64_t* word, EMULATOR_PLACE) { return emulator::atomic_load(word, place); }
-inline void publish(uint64_t* word, uint64_t value, EMULATOR_PLACE) { emulator::atomic_store(word, value, place); }
+inline uint64_t poll(const uint64_t* word, EMULATOR_PLACE) {
+  return emulator::atomic_load(word, place);
+}
+inline void publish(uint64_t* word, uint64_t value, EMULATOR_PLACE) {
+  emulator::atomic_store(word, value, place);
+}
 
-EMULATOR_INLINE void copy_async(void* to, const void* from, int bytes) { emulator::copy_async(to, from, bytes); }
-inline void commit_copies() { emulator::commit_copies(); }
+EMULATOR_INLINE void copy_async(void* to, const void* from, int bytes) {
+  emulator::copy_async(to, from, bytes);
+}
+inline void commit_copies() {
+  emulator::commit_copies();
+}
 
 template <int newest>
 void wait_for_copies(EMULATOR_PLACE) {
