@@ -138,7 +138,11 @@ def train(
         ),
     ] = 0.1,
     allocation: Annotated[
-        str, typer.Option(help="global: the best entries of the whole model; layer: the same share of every matrix.")
+        str,
+        typer.Option(
+            help="global: the best entries of the whole model; layer: the same share of every matrix; kind: of all "
+            "matrices of one kind, as q_proj; mixed: halfway between global and layer."
+        ),
     ] = "global",
     include: Annotated[
         list[str] | None,

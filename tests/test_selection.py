@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
 from sparseft.pattern import Pattern, matrix_shape
-from sparseft.selection import CRITERIA, Criterion, StreamingTopK, eligible, select
+from sparseft.selection import ALLOCATIONS, CRITERIA, Allocation, Criterion, StreamingTopK, eligible, select
 
 VOCAB = 61
 TILE = (8, 8)
@@ -112,19 +112,25 @@ def top(scores: np.ndarray, k: int) -> np.ndarray:
     return np.sort(np.lexsort((np.arange(scores.size), -scores.reshape(-1)))[:k])
 
 
-def choose_freely(scores: dict[str, np.ndarray], density: float) -> dict[str, np.ndarray]:
-    """Boolean masks of the best entries of one budget over all weights."""
+def choose_freely(scores: dict[str, np.ndarray], density: float, floor: float = 0.0) -> dict[str, np.ndarray]:
+    """Boolean masks of the best entries of one budget over all weights, `floor` of it for certain by size."""
     flat = np.concatenate([s.reshape(-1) for s in scores.values()])
     mask = np.zeros(flat.size, dtype=bool)
-    mask[top(flat, round(density * flat.size))] = True
+    start, k = 0, round(density * flat.size)
+    for s in scores.values():
+        mask[start + top(s, int(floor * k * s.size / flat.size))] = True
+        start += s.size
+    mask[top(np.where(mask, np.inf, flat), k)] = True
     parts = np.split(mask, np.cumsum([s.size for s in scores.values()])[:-1])
     return {name: part.reshape(s.shape) for (name, s), part in zip(scores.items(), parts, strict=True)}
 
 
-def choose_in_tiles(scores: dict[str, np.ndarray], density: float, tile, tile_budget: float) -> dict[str, np.ndarray]:
+def choose_in_tiles(
+    scores: dict[str, np.ndarray], density: float, tile, tile_budget: float, floor: float = 0.0
+) -> dict[str, np.ndarray]:
     """Masks after sorting rows and columns and keeping the best tiles, tile by tile in plain loops."""
     scores = {name: s.reshape(matrix_shape(s.shape)) for name, s in scores.items()}
-    free, tiles = choose_freely(scores, density), []
+    free, tiles = choose_freely(scores, density, floor), []
     for name, s in scores.items():
         mass = np.where(free[name], s, 0.0)
         rows = np.argsort(-mass.sum(1), kind="stable")
@@ -133,13 +139,48 @@ def choose_in_tiles(scores: dict[str, np.ndarray], density: float, tile, tile_bu
             for c in range(0, s.shape[1], tile[1]):
                 block = np.ix_(rows[r : r + tile[0]], cols[c : c + tile[1]])
                 tiles.append((mass[block].sum(), free[name][block].any(), name, block))
-    k, room, kept = sum(mask.sum() for mask in free.values()), 0, 0
+    tiles.sort(key=lambda t: -t[0])
+    k, entries = sum(mask.sum() for mask in free.values()), sum(s.size for s in scores.values())
     allowed = {name: np.full(s.shape, -1.0) for name, s in scores.items()}
-    for _, occupied, name, block in sorted(tiles, key=lambda t: -t[0]):
-        if occupied and (kept < round(tile_budget * len(tiles)) or room < k):
+    room, taken = dict.fromkeys(scores, 0), 0
+    for name, s in scores.items():  # first what every weight gets for certain
+        own = [t for t in tiles if t[2] == name]
+        least, sure = int(floor * tile_budget * len(own)), int(floor * k * s.size / entries)
+        for n, (_, occupied, _, block) in enumerate(own):
+            if occupied and (n < least or room[name] < sure):
+                room[name] += s[block].size
+                allowed[name][block] = s[block]
+                taken += 1
+    for _, occupied, name, block in tiles:
+        if (
+            occupied
+            and allowed[name][block].min() < 0
+            and (taken < round(tile_budget * len(tiles)) or sum(room.values()) < k)
+        ):
+            room[name] += scores[name][block].size
             allowed[name][block] = scores[name][block]
-            kept, room = kept + 1, room + scores[name][block].size
-    return choose_freely(allowed, density)
+            taken += 1
+    return choose_freely(allowed, density, floor)
+
+
+def groups_of(scores: dict[str, np.ndarray], allocation: str) -> list[dict[str, np.ndarray]]:
+    """The weights that share a budget, spelled out per model of this file."""
+    if allocation in ("global", "mixed"):
+        return [scores]
+    if allocation == "layer":
+        return [{name: s} for name, s in scores.items()]
+    kinds: dict[str, dict[str, np.ndarray]] = {}
+    for name, s in scores.items():
+        for prefix in ("model.layers.0.", "model.layers.1.", "transformer.h.0.", "transformer.h.1."):
+            if name.startswith(prefix):
+                kinds.setdefault(name.removeprefix(prefix), {})[name] = s
+                break
+        else:
+            kinds[name] = {name: s}
+    return list(kinds.values())
+
+
+FLOORS = {"global": 0.0, "layer": 0.0, "kind": 0.0, "mixed": 0.5}
 
 
 def masks_of(patterns: dict[str, Pattern], scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -166,7 +207,7 @@ def digests(patterns: dict[str, Pattern]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("criterion", ["grad", "taylor", "fisher", "magnitude"])
-@pytest.mark.parametrize("allocation", ["global", "layer"])
+@pytest.mark.parametrize("allocation", FLOORS)
 @pytest.mark.parametrize("which", MODELS)
 def test_free_choice_is_the_dense_reference(which, allocation, criterion):
     make, batches, loss_fn = MODELS[which]
@@ -183,10 +224,8 @@ def test_free_choice_is_the_dense_reference(which, allocation, criterion):
         tile_budget=1.0,
         loss_fn=loss_fn,
     )
-    if allocation == "global":
-        expected = choose_freely(scores, 0.07)
-    else:
-        expected = {name: choose_freely({name: s}, 0.07)[name] for name, s in scores.items()}
+    groups = [choose_freely(group, 0.07, FLOORS[allocation]) for group in groups_of(scores, allocation)]
+    expected = {name: next(group[name] for group in groups if name in group) for name in scores}
     assert_same(patterns, expected)
     assert list(patterns) == [name for name in scores if expected[name].any()]  # model order, empty ones left out
 
@@ -211,7 +250,7 @@ def test_scores_of_narrow_weights_are_summed_in_fp32(dtype, criterion, n):
 
 
 @pytest.mark.parametrize("tile_budget", [0.02, 0.1, 0.3, 0.9])
-@pytest.mark.parametrize("allocation", ["global", "layer"])
+@pytest.mark.parametrize("allocation", FLOORS)
 @pytest.mark.parametrize("which", MODELS)
 def test_tile_budget_is_the_dense_reference(which, allocation, tile_budget):
     make, batches, loss_fn = MODELS[which]
@@ -221,9 +260,8 @@ def test_tile_budget_is_the_dense_reference(which, allocation, tile_budget):
     patterns = select(
         model, data, density=0.03, allocation=allocation, tile=TILE, tile_budget=tile_budget, loss_fn=loss_fn
     )
-    groups = [scores] if allocation == "global" else [{name: s} for name, s in scores.items()]
-    for group in groups:
-        expected = choose_in_tiles(group, 0.03, TILE, tile_budget)
+    for group in groups_of(scores, allocation):
+        expected = choose_in_tiles(group, 0.03, TILE, tile_budget, FLOORS[allocation])
         found = masks_of(patterns, group)
         for name, mask in expected.items():
             np.testing.assert_array_equal(found[name].reshape(mask.shape), mask, err_msg=name)
@@ -233,7 +271,8 @@ def test_tile_budget_is_the_dense_reference(which, allocation, tile_budget):
         smallest = min(
             min(n % 8 or 8, 8) * min(m % 8 or 8, 8) for n, m in (matrix_shape(s.shape) for s in group.values())
         )
-        assert used <= max(round(tile_budget * total), -(-k // smallest))
+        # With a floor every weight may need a tile of its own to hold its sure entries.
+        assert used <= max(round(tile_budget * total), -(-k // smallest)) + (len(group) if FLOORS[allocation] else 0)
         assert sum(mask.sum() for mask in found.values()) == k
 
 
@@ -310,6 +349,29 @@ def test_density_one_selects_everything():
     patterns = select(make_mlp(), criterion="random", density=1, tile=TILE, tile_budget=0.1)
     assert all(p.density == 1 for p in patterns.values())
     assert list(patterns) == ["up.weight", "down.weight"]
+
+
+@pytest.mark.parametrize("tile_budget", [0.2, 1.0])
+def test_a_floor_reaches_the_weights_that_a_global_budget_passes_over(tile_budget):
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(4))).requires_grad_(False)
+    for i, layer in enumerate(model):
+        layer.weight.mul_(100.0**-i)
+    count = {}
+    for floor in (0.0, 0.25, 0.5, 1.0):
+        allocation = Allocation(lambda name: "", floor)
+        patterns = select(model, criterion="magnitude", density=0.01, allocation=allocation, tile=TILE,
+                          tile_budget=tile_budget)  # fmt: skip
+        count[floor] = [len(patterns.get(f"{i}.weight", ())) for i in range(4)]
+    # k = round(163.84); int(floor * k / 4) each, what is left goes to the first weight, whose entries are largest
+    assert count == {0.0: [164, 0, 0, 0], 0.25: [134, 10, 10, 10], 0.5: [104, 20, 20, 20], 1.0: [41, 41, 41, 41]}
+
+
+def test_a_kind_is_the_name_after_the_layer_number():
+    names = ["model.layers.0.mlp.up_proj.weight", "model.layers.11.mlp.up_proj.weight", "h.3.attn.c_attn.weight",
+             "0.weight", "head.weight", "experts.3.layers.7.gate.bias"]  # fmt: skip
+    assert list(map(ALLOCATIONS["kind"].budget, names)) == [
+        "mlp.up_proj.weight", "mlp.up_proj.weight", "attn.c_attn.weight", "weight", "head.weight", "gate.bias"
+    ]  # fmt: skip
 
 
 # ---- random, user criteria, streaming ---------------------------------------------------------------------------
@@ -568,10 +630,11 @@ ERRORS = {
     "density 0": ({"density": 0}, ValueError, r"density must lie in \(0, 1\], got 0"),
     "density 2": ({"density": 2}, ValueError, "density must lie in"),
     "density nan": ({"density": float("nan")}, ValueError, "density must lie in"),
-    "too little": ({"density": 1e-4}, ValueError, "density 0.0001 selects no entry: the largest global budget has 117"),
+    "too little": ({"density": 1e-4}, ValueError, "density 0.0001 selects no entry: the largest budget has 117"),
     "tile budget": ({"tile_budget": 0.0}, ValueError, r"tile_budget must lie in \(0, 1\], got 0"),
     "tile": ({"tile": (512, 512)}, ValueError, "tile must be two positive sizes"),
-    "allocation": ({"allocation": "best"}, ValueError, r"one of \['global', 'layer'\], got 'best'"),
+    "allocation": ({"allocation": "best"}, ValueError, r"Allocation or one of .*'mixed'\], got 'best'"),
+    "floor": ({"allocation": Allocation(str, 1.5)}, ValueError, r"allocation.floor must lie in \[0, 1\], got 1.5"),
     "criterion": ({"criterion": "gard"}, ValueError, "one of .*'fisher', 'grad', .*got 'gard'"),
     "no match": (
         {"include": "attention"},

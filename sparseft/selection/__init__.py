@@ -6,21 +6,21 @@ passes without keeping gradients, `scoring.py` leads scores from there to the bu
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparseft.pattern import Pattern, check_tile
-from sparseft.selection.budget import ALLOCATIONS, Budget
+from sparseft.selection.budget import ALLOCATIONS, Allocation, Budget
 from sparseft.selection.criteria import CRITERIA, Criterion, find
 from sparseft.selection.gradients import Backward
 from sparseft.selection.scoring import Scoring
 from sparseft.selection.topk import StreamingTopK
 from sparseft.selection.weights import eligible
 
-__all__ = ["ALLOCATIONS", "CRITERIA", "Criterion", "StreamingTopK", "eligible", "select"]
+__all__ = ["ALLOCATIONS", "CRITERIA", "Allocation", "Criterion", "StreamingTopK", "eligible", "select"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def select(
     criterion: str | Criterion | Callable[[str, Tensor, Tensor], Tensor] = "grad",
     tile: tuple[int, int] = (64, 64),
     tile_budget: float = 0.1,
-    allocation: str = "global",
+    allocation: str | Allocation = "global",
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
@@ -64,8 +64,9 @@ def select(
         tile: rows and columns of a tile, with at most 65536 entries.
         tile_budget: share of all tiles that may hold entries, in (0, 1]; 1.0 leaves the choice free. Never fewer
             tiles than k entries need.
-        allocation: a name in ALLOCATIONS: "global", one budget for all eligible weights, or "layer", one for each.
-            It applies to entries and to tiles.
+        allocation: a name in ALLOCATIONS, or an Allocation: "global", one budget for all eligible weights; "layer",
+            one for each; "kind", one for all q_proj, one for all down_proj and so on; "mixed", half of a global
+            budget by size, half to the best entries. It applies to entries and to tiles.
         include, exclude: see `eligible`.
         loss_fn: (model, batch) -> scalar loss.
         seed: for random scores, and for dropout during the backward passes.
@@ -78,12 +79,12 @@ def select(
             finite (the weight and the batch are named). The model is as it was.
     """
     rule = find(criterion)
-    _check(density, tile, tile_budget, allocation)
+    _check(density, tile, tile_budget, _allocation(allocation))
     _check_batches(rule, batches)
     weights = eligible(model, include, exclude)
     if not weights:
         raise ValueError(f"include={include!r} and exclude={exclude!r} leave no weight to select from")
-    budgets = _budgets(weights, density, tile, tile_budget, allocation)
+    budgets = _budgets(weights, density, tile, tile_budget, _allocation(allocation))
     weights = {name: weight for name, weight in weights.items() if name in budgets}
     dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights.values()) else torch.float32
     scoring = Scoring(rule, weights, budgets, dtype, seed)
@@ -96,29 +97,38 @@ def select(
     return patterns
 
 
-def _budgets(weights, density, tile, tile_budget, allocation) -> dict[str, Budget]:
+def _budgets(weights, density, tile, tile_budget, allocation: Allocation) -> dict[str, Budget]:
     """The budget of each weight; weights whose budget rounds to no entry are left out."""
-    groups: dict[str, list[str]] = {}
+    groups: dict[Hashable, list[str]] = {}
     for name in weights:
-        groups.setdefault(ALLOCATIONS[allocation](name), []).append(name)
+        groups.setdefault(allocation.budget(name), []).append(name)
     budgets = {}
     for names in groups.values():
         members = {name: tuple(weights[name].shape) for name in names}
         k = round(density * sum(weights[name].numel() for name in names))
         if k:
-            budgets.update(dict.fromkeys(names, Budget(members, k, (int(tile[0]), int(tile[1])), tile_budget)))
+            budget = Budget(members, k, (int(tile[0]), int(tile[1])), tile_budget, allocation.floor)
+            budgets.update(dict.fromkeys(names, budget))
     if not budgets:
         largest = max(sum(weights[name].numel() for name in names) for names in groups.values())
-        raise ValueError(f"density {density} selects no entry: the largest {allocation} budget has {largest} entries")
+        raise ValueError(f"density {density} selects no entry: the largest budget has {largest} entries")
     return budgets
 
 
-def _check(density, tile, tile_budget, allocation) -> None:
+def _allocation(allocation: str | Allocation) -> Allocation:
+    if isinstance(allocation, Allocation):
+        return allocation
+    if allocation not in ALLOCATIONS:
+        raise ValueError(f"allocation must be an Allocation or one of {sorted(ALLOCATIONS)}, got {allocation!r}")
+    return ALLOCATIONS[allocation]
+
+
+def _check(density, tile, tile_budget, allocation: Allocation) -> None:
     for name, share in (("density", density), ("tile_budget", tile_budget)):
         if not 0 < share <= 1:
             raise ValueError(f"{name} must lie in (0, 1], got {share}")
-    if allocation not in ALLOCATIONS:
-        raise ValueError(f"allocation must be one of {sorted(ALLOCATIONS)}, got {allocation!r}")
+    if not 0 <= allocation.floor <= 1:
+        raise ValueError(f"allocation.floor must lie in [0, 1], got {allocation.floor}")
     check_tile(tile)
 
 
