@@ -374,6 +374,37 @@ def test_a_kind_is_the_name_after_the_layer_number():
     ]  # fmt: skip
 
 
+# ---- norms and biases -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "batches", "loss_fn", "expected"),
+    [
+        (make_mlp, mlp_batches, mlp_loss, ["up.bias", "norm.weight", "norm.bias"]),
+        (make_llama, text_batches, None,
+         [f"model.layers.{i}.{norm}_layernorm.weight" for i in range(2) for norm in ("input", "post_attention")]
+         + ["model.norm.weight"]),
+    ],
+    ids=["mlp", "llama"],
+)  # fmt: skip
+def test_train_norms_adds_whole_vectors(make, batches, loss_fn, expected):
+    model, data = make(), batches(2)
+    settings = {"density": 0.05, "tile": TILE, "loss_fn": loss_fn}
+    plain = digests(select(model, data, **settings))
+    patterns = select(model, data, train_norms=True, **settings)
+    assert sorted(patterns.keys() - plain.keys()) == sorted(expected)
+    assert list(patterns) == [name for name, _ in model.named_parameters() if name in patterns]
+    for name, pattern in patterns.items():
+        if name in plain:
+            assert pattern.digest == plain[name]
+        else:
+            length = model.get_parameter(name).numel()
+            assert pattern.validate().shape == (1, length)
+            assert pattern.indices().tolist() == list(range(length))
+    fewer = select(model, data, train_norms=True, exclude=expected[0], **settings)
+    assert fewer.keys() == patterns.keys() - {expected[0]}
+
+
 # ---- random, user criteria, streaming ---------------------------------------------------------------------------
 
 

@@ -18,9 +18,9 @@ from sparseft.selection.criteria import CRITERIA, Criterion, find
 from sparseft.selection.gradients import Backward
 from sparseft.selection.scoring import Scoring
 from sparseft.selection.topk import StreamingTopK
-from sparseft.selection.weights import eligible
+from sparseft.selection.weights import eligible, vectors
 
-__all__ = ["ALLOCATIONS", "CRITERIA", "Allocation", "Criterion", "StreamingTopK", "eligible", "select"]
+__all__ = ["ALLOCATIONS", "CRITERIA", "Allocation", "Criterion", "StreamingTopK", "eligible", "select", "vectors"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ def select(
     allocation: str | Allocation = "global",
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    train_norms: bool = False,
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     seed: int = 0,
 ) -> dict[str, Pattern]:
@@ -68,6 +69,8 @@ def select(
             one for each; "kind", one for all q_proj, one for all down_proj and so on; "mixed", half of a global
             budget by size, half to the best entries. It applies to entries and to tiles.
         include, exclude: see `eligible`.
+        train_norms: also select every entry of the norm and bias vectors (those that `exclude` leaves), on top of
+            what `density` gives: a fraction of a per mille of most models' weights.
         loss_fn: (model, batch) -> scalar loss.
         seed: for random scores, and for dropout during the backward passes.
 
@@ -94,7 +97,16 @@ def select(
         scoring.with_gradients(Backward(model, weights, loss_fn), batches)
     patterns = {name: budgets[name].patterns[name] for name in weights if name in budgets[name].patterns}
     _report(patterns, set(budgets.values()))
+    if train_norms:
+        patterns |= {
+            name: _whole(vector, tile) for name, vector in vectors(model, exclude).items() if name not in patterns
+        }
+        patterns = {name: patterns[name] for name, _ in model.named_parameters() if name in patterns}
     return patterns
+
+
+def _whole(weight: Tensor, tile: tuple[int, int]) -> Pattern:
+    return Pattern.from_indices(torch.arange(weight.numel(), device=weight.device), weight.shape, tile=tile)
 
 
 def _budgets(weights, density, tile, tile_budget, allocation: Allocation) -> dict[str, Budget]:
