@@ -374,6 +374,48 @@ def test_a_kind_is_the_name_after_the_layer_number():
     ]  # fmt: skip
 
 
+# ---- rows and columns -------------------------------------------------------------------------------------------
+
+
+def choose_lines(scores: dict[str, np.ndarray], density: float, along: int) -> dict[str, np.ndarray]:
+    """Masks of the lines with the largest mean, taken one by one while that comes closer to k."""
+    scores = {name: s.reshape(matrix_shape(s.shape)) for name, s in scores.items()}
+    lines = [(mean, name, i) for name, s in scores.items() for i, mean in enumerate(s.mean(along))]
+    masks = {name: np.zeros(s.shape, bool) for name, s in scores.items()}
+    k, taken = round(density * sum(s.size for s in scores.values())), 0
+    for _, name, i in sorted(lines, key=lambda line: -line[0]):
+        size = scores[name].shape[along]
+        if abs(taken + size - k) >= abs(taken - k):
+            break
+        masks[name][(i, slice(None)) if along == 1 else (slice(None), i)] = True
+        taken += size
+    return masks
+
+
+@pytest.mark.parametrize("density", [0.02, 0.15, 1.0])
+@pytest.mark.parametrize(("structure", "along"), [("rows", 1), ("columns", 0)])
+@pytest.mark.parametrize("allocation", ["global", "layer", "kind"])
+@pytest.mark.parametrize("which", MODELS)
+def test_lines_are_the_dense_reference(which, allocation, structure, along, density):
+    make, batches, loss_fn = MODELS[which]
+    model = make().double()
+    data = [x.double() if isinstance(x, Tensor) else x for x in batches(2)]
+    groups = groups_of(dense_scores(model, data, "grad", loss_fn), allocation)
+    expected = {name: mask for group in groups for name, mask in choose_lines(group, density, along).items()}
+    settings = {"density": density, "allocation": allocation, "structure": structure, "tile": TILE, "loss_fn": loss_fn}
+    if not any(mask.any() for mask in expected.values()):  # every first line is too long
+        with pytest.raises(ValueError, match=f"selects nothing: .* one of the {structure}"):
+            select(model, data, **settings)
+        return
+    assert_same(select(model, data, **settings), expected)
+
+
+def test_lines_keep_no_scores(caplog):
+    with caplog.at_level(logging.INFO, "sparseft"):
+        select(make_mlp(), mlp_batches(1), density=0.1, structure="rows", loss_fn=mlp_loss)
+    assert "score buffer: 0.0 MB for 0 of 2 weights" in caplog.text
+
+
 # ---- norms and biases -------------------------------------------------------------------------------------------
 
 
@@ -666,6 +708,13 @@ ERRORS = {
     "tile": ({"tile": (512, 512)}, ValueError, "tile must be two positive sizes"),
     "allocation": ({"allocation": "best"}, ValueError, r"Allocation or one of .*'mixed'\], got 'best'"),
     "floor": ({"allocation": Allocation(str, 1.5)}, ValueError, r"allocation.floor must lie in \[0, 1\], got 1.5"),
+    "structure": ({"structure": "row"}, ValueError, r"structure must be one of \['entries', 'rows', 'columns'\], got"),
+    "half a row": ({"structure": "rows", "density": 0.01}, ValueError, "density 0.01 selects nothing: .*one of the rows"),
+    "floor of rows": (
+        {"structure": "rows", "allocation": "mixed"},
+        ValueError,
+        "a floor goes by entries, and .*'rows'",
+    ),
     "criterion": ({"criterion": "gard"}, ValueError, "one of .*'fisher', 'grad', .*got 'gard'"),
     "no match": (
         {"include": "attention"},

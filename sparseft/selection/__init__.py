@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.pattern import Pattern, check_tile
-from sparseft.selection.budget import ALLOCATIONS, Allocation, Budget
+from sparseft.selection.budget import ALLOCATIONS, LINES, Allocation, Budget, LineBudget
 from sparseft.selection.criteria import CRITERIA, Criterion, find
 from sparseft.selection.gradients import Backward
 from sparseft.selection.scoring import Scoring
@@ -34,6 +34,7 @@ def select(
     tile: tuple[int, int] = (64, 64),
     tile_budget: float = 0.1,
     allocation: str | Allocation = "global",
+    structure: str = "entries",
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     train_norms: bool = False,
@@ -68,6 +69,8 @@ def select(
         allocation: a name in ALLOCATIONS, or an Allocation: "global", one budget for all eligible weights; "layer",
             one for each; "kind", one for all q_proj, one for all down_proj and so on; "mixed", half of a global
             budget by size, half to the best entries. It applies to entries and to tiles.
+        structure: "entries"; or whole "rows" or "columns" (of the weight as [-1, last dimension]) with the largest
+            mean |score|, as many as come closest to k. Lines stay whole, so `tile_budget` has no say.
         include, exclude: see `eligible`.
         train_norms: also select every entry of the norm and bias vectors (those that `exclude` leaves), on top of
             what `density` gives: a fraction of a per mille of most models' weights.
@@ -82,12 +85,12 @@ def select(
             finite (the weight and the batch are named). The model is as it was.
     """
     rule = find(criterion)
-    _check(density, tile, tile_budget, _allocation(allocation))
+    _check(density, tile, tile_budget, _allocation(allocation), structure)
     _check_batches(rule, batches)
     weights = eligible(model, include, exclude)
     if not weights:
         raise ValueError(f"include={include!r} and exclude={exclude!r} leave no weight to select from")
-    budgets = _budgets(weights, density, tile, tile_budget, _allocation(allocation))
+    budgets = _budgets(weights, density, tile, tile_budget, _allocation(allocation), structure)
     weights = {name: weight for name, weight in weights.items() if name in budgets}
     dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights.values()) else torch.float32
     scoring = Scoring(rule, weights, budgets, dtype, seed)
@@ -96,6 +99,8 @@ def select(
     else:
         scoring.with_gradients(Backward(model, weights, loss_fn), batches)
     patterns = {name: budgets[name].patterns[name] for name in weights if name in budgets[name].patterns}
+    if not patterns:
+        raise ValueError(f"density {density} selects nothing: it is less than half of one of the {structure}")
     _report(patterns, set(budgets.values()))
     if train_norms:
         patterns |= {
@@ -109,17 +114,22 @@ def _whole(weight: Tensor, tile: tuple[int, int]) -> Pattern:
     return Pattern.from_indices(torch.arange(weight.numel(), device=weight.device), weight.shape, tile=tile)
 
 
-def _budgets(weights, density, tile, tile_budget, allocation: Allocation) -> dict[str, Budget]:
+def _budgets(weights, density, tile, tile_budget, allocation: Allocation, structure) -> dict[str, Budget | LineBudget]:
     """The budget of each weight; weights whose budget rounds to no entry are left out."""
     groups: dict[Hashable, list[str]] = {}
     for name in weights:
         groups.setdefault(allocation.budget(name), []).append(name)
-    budgets = {}
+    budgets: dict[str, Budget | LineBudget] = {}
     for names in groups.values():
         members = {name: tuple(weights[name].shape) for name in names}
         k = round(density * sum(weights[name].numel() for name in names))
         if k:
-            budget = Budget(members, k, (int(tile[0]), int(tile[1])), tile_budget, allocation.floor)
+            edges = int(tile[0]), int(tile[1])
+            budget = (
+                Budget(members, k, edges, tile_budget, allocation.floor)
+                if structure == "entries"
+                else LineBudget(members, k, edges, LINES[structure])
+            )
             budgets.update(dict.fromkeys(names, budget))
     if not budgets:
         largest = max(sum(weights[name].numel() for name in names) for names in groups.values())
@@ -135,12 +145,16 @@ def _allocation(allocation: str | Allocation) -> Allocation:
     return ALLOCATIONS[allocation]
 
 
-def _check(density, tile, tile_budget, allocation: Allocation) -> None:
+def _check(density, tile, tile_budget, allocation: Allocation, structure) -> None:
     for name, share in (("density", density), ("tile_budget", tile_budget)):
         if not 0 < share <= 1:
             raise ValueError(f"{name} must lie in (0, 1], got {share}")
     if not 0 <= allocation.floor <= 1:
         raise ValueError(f"allocation.floor must lie in [0, 1], got {allocation.floor}")
+    if structure not in ("entries", *LINES):
+        raise ValueError(f"structure must be one of {['entries', *LINES]}, got {structure!r}")
+    if structure != "entries" and allocation.floor:
+        raise ValueError(f"allocation: a floor goes by entries, and structure is {structure!r}")
     check_tile(tile)
 
 
@@ -154,7 +168,7 @@ def _check_batches(rule: Criterion, batches) -> None:
         raise TypeError(f"batches must be an iterable of batches, got {type(batches).__name__}; one batch: [batch]")
 
 
-def _report(patterns: dict[str, Pattern], budgets: set[Budget]) -> None:
+def _report(patterns: dict[str, Pattern], budgets: set[Budget | LineBudget]) -> None:
     chosen, tiles = sum(map(len, patterns.values())), sum(len(p.tiles) for p in patterns.values())
     free, kept = sum(b.free_mass for b in budgets), sum(b.mass for b in budgets)
     logger.info(

@@ -179,6 +179,61 @@ class FlooredTopK:
         return selected
 
 
+class LineBudget:
+    """As Budget, but rows or columns are chosen whole, by their mean |score|; no score is kept.
+
+    The best lines are taken as long as that brings the number of entries closer to k.
+
+    Args:
+        shapes, k, tile: as in Budget.
+        along: the dimension along which a line runs: 1 for rows, 0 for columns.
+    """
+
+    waits = False
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]], k: int, tile: tuple[int, int], along: int):
+        self._shapes = {name: matrix_shape(shape) for name, shape in shapes.items()}
+        self._k, self._tile, self._along = k, tile, along
+        self._mass: dict[str, Tensor] = {}  # fp64, the sum of |score| of every line
+        self.tiles = sum(_tiles(shape, tile) for shape in self._shapes.values())
+        self.patterns: dict[str, Pattern] = {}  # the result, once every weight was added
+        self.free_mass = self.mass = 0.0  # sum of |scores| of the choice
+
+    def add(self, name: str, scores: Tensor) -> None:
+        """Take one weight's scores (fp32 or fp64, of the weight's shape); the last one triggers the choice."""
+        self._mass[name] = scores.reshape(self._shapes[name]).abs().sum(self._along, dtype=torch.float64)
+        if len(self._mass) == len(self._shapes):
+            self._choose()
+
+    def _choose(self) -> None:
+        mass = torch.cat([self._mass[name].cpu() for name in self._shapes])
+        lengths = {name: shape[self._along] for name, shape in self._shapes.items()}
+        length = torch.cat(
+            [torch.full_like(self._mass[n], lengths[n], device="cpu", dtype=torch.int64) for n in lengths]
+        )
+        order = torch.argsort(mass / length, descending=True, stable=True)
+        after = length[order].cumsum(0)
+        keep = torch.zeros(len(mass), dtype=torch.bool)
+        keep[order[(after - self._k).abs() < (after - length[order] - self._k).abs()]] = True
+        self.free_mass = self.mass = float(mass[keep].sum())
+        parts = keep.split([len(self._mass[name]) for name in self._shapes])
+        for (name, shape), part in zip(self._shapes.items(), parts, strict=True):
+            if part.any():
+                lines = part.nonzero().squeeze(1).to(self._mass[name].device)
+                self.patterns[name] = self._pattern(shape, lines, self._mass[name][lines])
+
+    def _pattern(self, shape: tuple[int, int], lines: Tensor, mass: Tensor) -> Pattern:
+        across = torch.arange(shape[self._along], device=lines.device)
+        row, col = (lines[:, None], across) if self._along == 1 else (across[:, None], lines)
+        carried = mass[:, None] if self._along == 1 else mass
+        indices = row * shape[1] + col
+        return Pattern.from_indices(indices.reshape(-1), shape, tile=self._tile,
+                                    mass=carried.expand(indices.shape).reshape(-1))  # fmt: skip
+
+
+LINES = {"rows": 1, "columns": 0}  # structure -> the dimension along which its lines run
+
+
 def keep_tiles(grids: Sequence[Grid], k: int, budget: int, sure: Sequence[tuple[int, int]]) -> list[Tensor]:
     """Mark, grid by grid, the `budget` tiles with the most chosen mass; more if these cannot hold what they must.
 

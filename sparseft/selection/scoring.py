@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseft.selection.budget import Budget
+from sparseft.selection.budget import Budget, LineBudget
 from sparseft.selection.criteria import Criterion
 from sparseft.selection.gradients import Backward, is_finite
 
@@ -28,7 +28,7 @@ class Scoring:
 
     criterion: Criterion
     weights: dict[str, nn.Parameter]
-    budgets: dict[str, Budget]
+    budgets: dict[str, Budget | LineBudget]
     dtype: torch.dtype
     seed: int
 
