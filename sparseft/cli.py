@@ -127,7 +127,11 @@ def train(
         ),
     ] = 0.01,
     criterion: Annotated[
-        str, typer.Option(help="What makes a weight important: grad |g|, taylor |w*g|, fisher g^2, magnitude, random.")
+        str,
+        typer.Option(
+            help="What makes a weight important: grad |g|, taylor |w*g|, fisher g^2, magnitude, lift (magnitude in "
+            "the best low-rank approximation), random."
+        ),
     ] = "grad",
     tile: Annotated[int, typer.Option(help="Edge of a tile; 64 suits the kernels.")] = 64,
     tile_budget: Annotated[

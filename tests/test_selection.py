@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
 from sparseft.pattern import Pattern, matrix_shape
-from sparseft.selection import ALLOCATIONS, CRITERIA, Allocation, Criterion, StreamingTopK, eligible, select
+from sparseft.selection import ALLOCATIONS, CRITERIA, Allocation, Criterion, StreamingTopK, eligible, lift, select
 
 VOCAB = 61
 TILE = (8, 8)
@@ -374,6 +374,71 @@ def test_a_kind_is_the_name_after_the_layer_number():
     ]  # fmt: skip
 
 
+# ---- LIFT -------------------------------------------------------------------------------------------------------
+
+
+def principal(weight: Tensor, rank: int) -> np.ndarray:
+    """The best approximation of this rank, matrix by matrix, by LAPACK in fp64."""
+    u, s, vh = np.linalg.svd(weight.detach().double().numpy(), full_matrices=False)
+    return (u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :]
+
+
+@pytest.mark.parametrize("which", ["mlp", "llama", "olmoe"])  # olmoe: stacks of matrices
+def test_exact_lift_is_the_dense_reference(which):
+    model = MODELS[which][0]().double()
+    scores = {name: np.abs(principal(w, 3)) for name, w in eligible(model).items()}
+    patterns = select(model, criterion=lift(3, exact=True), density=0.07, tile=TILE, tile_budget=1.0)
+    assert_same(patterns, choose_freely(scores, 0.07))
+
+
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40), (3, 40, 30)])
+def test_randomised_lift_of_a_matrix_of_that_rank_is_the_matrix(shape):
+    generator = torch.Generator().manual_seed(20)
+    left, right = (torch.randn(*s, generator=generator, dtype=torch.float64)
+                   for s in ((*shape[:-1], 5), (*shape[:-2], 5, shape[-1])))  # fmt: skip
+    weight = left @ right
+    scores = lift(5).score("w", weight, None, 0)
+    # Exact but for rounding: a few dozen products of orthonormal factors, each off by about shape * eps * |W|.
+    slack = 100 * max(shape) * torch.finfo(torch.float64).eps * float(torch.linalg.matrix_norm(weight).max())
+    assert float((scores - weight).abs().max()) < slack
+
+
+@pytest.mark.parametrize("shape", [(60, 200), (200, 60)])
+def test_randomised_lift_is_nearly_the_best_approximation(shape):
+    rank, power = 8, 2
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(21), dtype=torch.float64)  # hardly decays
+    s = np.linalg.svd(weight.numpy(), compute_uv=False)
+    error = np.linalg.norm(weight.numpy() - lift(rank).score("w", weight, None, 0).numpy(), 2)
+    # Halko et al. (2011), corollary 10.10 and theorem 9.3, with as many spare directions as the rank
+    tail = np.sqrt((s[rank:] ** (2 * (2 * power + 1))).sum())
+    bound = (1 + np.sqrt(rank / (rank - 1))) * s[rank] ** (2 * power + 1) + np.e * np.sqrt(2 * rank) / rank * tail
+    assert s[rank] <= error * (1 + 1e-12)
+    assert error <= s[rank] + bound ** (1 / (2 * power + 1))
+    best = np.linalg.norm(s[rank:])  # and in the Frobenius norm, which the scores see, within a few per cent
+    assert np.linalg.norm(weight.numpy() - lift(rank).score("w", weight, None, 0).numpy()) < 1.05 * best
+
+
+def test_lift_of_what_has_no_higher_rank_is_the_magnitude():
+    model = make_mlp()
+    for criterion in ("lift", "lift-exact"):  # 64 is more than the smaller side of every weight here
+        assert digests(select(model, criterion=criterion, density=0.1, tile=TILE)) == digests(
+            select(model, criterion="magnitude", density=0.1, tile=TILE)
+        )
+    vector = torch.randn(9)
+    assert torch.equal(lift(3).score("b", vector, None, 0), vector)
+
+
+def test_randomised_lift_depends_on_seed_and_name_alone():
+    weight = torch.randn(50, 40)
+    first = lift(4).score("a", weight, None, 0)
+    torch.manual_seed(5)
+    assert torch.equal(lift(4).score("a", weight, None, 0), first)
+    assert not torch.equal(lift(4).score("b", weight, None, 0), first)
+    assert not torch.equal(lift(4).score("a", weight, None, 1), first)
+    with pytest.raises(ValueError, match="rank must be positive, got 0"):
+        lift(0)
+
+
 # ---- rows and columns -------------------------------------------------------------------------------------------
 
 
@@ -709,7 +774,11 @@ ERRORS = {
     "allocation": ({"allocation": "best"}, ValueError, r"Allocation or one of .*'mixed'\], got 'best'"),
     "floor": ({"allocation": Allocation(str, 1.5)}, ValueError, r"allocation.floor must lie in \[0, 1\], got 1.5"),
     "structure": ({"structure": "row"}, ValueError, r"structure must be one of \['entries', 'rows', 'columns'\], got"),
-    "half a row": ({"structure": "rows", "density": 0.01}, ValueError, "density 0.01 selects nothing: .*one of the rows"),
+    "half a row": (
+        {"structure": "rows", "density": 0.01},
+        ValueError,
+        "density 0.01 selects nothing: .*the rows",
+    ),
     "floor of rows": (
         {"structure": "rows", "allocation": "mixed"},
         ValueError,
@@ -723,7 +792,11 @@ ERRORS = {
     ),
     "no match out": ({"exclude": "attention"}, ValueError, "'attention' matches no weight"),
     "nothing left": ({"exclude": "*"}, ValueError, r"exclude='\*' leave no weight"),
-    "no batches": ({"batches": None}, ValueError, r"batches must be given.*\['magnitude', 'random'\]"),
+    "no batches": (
+        {"batches": None},
+        ValueError,
+        r"batches must be given.*\['lift', 'lift-exact', 'magnitude', 'random'\]",
+    ),
     "empty batches": ({"batches": []}, ValueError, "at least one batch, got none"),
     "one dict": ({"batches": {"x": 1}}, TypeError, r"iterable of batches, got dict; one batch: \[batch\]"),
     "a number": ({"batches": 3}, TypeError, "iterable of batches, got int"),

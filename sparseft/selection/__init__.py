@@ -14,13 +14,23 @@ from torch import Tensor, nn
 
 from sparseft.pattern import Pattern, check_tile
 from sparseft.selection.budget import ALLOCATIONS, LINES, Allocation, Budget, LineBudget
-from sparseft.selection.criteria import CRITERIA, Criterion, find
+from sparseft.selection.criteria import CRITERIA, Criterion, find, lift
 from sparseft.selection.gradients import Backward
 from sparseft.selection.scoring import Scoring
 from sparseft.selection.topk import StreamingTopK
 from sparseft.selection.weights import eligible, vectors
 
-__all__ = ["ALLOCATIONS", "CRITERIA", "Allocation", "Criterion", "StreamingTopK", "eligible", "select", "vectors"]
+__all__ = [
+    "ALLOCATIONS",
+    "CRITERIA",
+    "Allocation",
+    "Criterion",
+    "StreamingTopK",
+    "eligible",
+    "lift",
+    "select",
+    "vectors",
+]
 
 logger = logging.getLogger(__name__)
 

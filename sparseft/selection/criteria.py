@@ -30,11 +30,55 @@ def _sum_of_squares(total: Tensor, gradient: Tensor) -> None:
     total.addcmul_(gradient, gradient)  # squared in total's dtype
 
 
-def _random(name: str, weight: Tensor, total: None, seed: int) -> Tensor:
-    """Uniform scores that depend on seed, name and shape alone, not on the other weights."""
+def _generator(name: str, seed: int) -> torch.Generator:
+    """Depends on seed and name alone, not on the other weights."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
-    return torch.rand(weight.shape, generator=generator).to(weight.device)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+
+
+def _random(name: str, weight: Tensor, total: None, seed: int) -> Tensor:
+    """Uniform scores."""
+    return torch.rand(weight.shape, generator=_generator(name, seed)).to(weight.device)
+
+
+def lift(rank: int = 64, *, exact: bool = False) -> Criterion:
+    """|W_r|, W_r the best approximation of rank r to the weight: LIFT's principal weights (Liu et al., 2025).
+
+    Weights with more than two dimensions are stacks of matrices; a vector, or a matrix of no more than this rank, is
+    its own approximation.
+
+    Args:
+        rank: r, in LIFT 32 to 128.
+        exact: a full singular value decomposition, O(m n min(m, n)) for m x n, instead of the randomised range finder
+            (2 r random directions, two power iterations: Halko et al., 2011, algorithms 4.4 and 5.1), O(m n r).
+
+    Raises:
+        ValueError: `rank` is not positive.
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be positive, got {rank}")
+
+    def score(name: str, weight: Tensor, total: None, seed: int) -> Tensor:
+        matrix = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        if weight.dim() < 2 or min(weight.shape[-2:]) <= rank:
+            return matrix
+        if exact:
+            u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+            return (u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :]
+        basis = _range(matrix, min(2 * rank, *weight.shape[-2:]), _generator(name, seed))
+        u, s, vh = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
+        return basis @ ((u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :])
+
+    return Criterion(score)
+
+
+def _range(matrix: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """[..., m, size]: an orthonormal basis that nearly spans the leading left singular vectors."""
+    start = torch.randn(matrix.shape[-1], size, generator=generator, dtype=matrix.dtype).to(matrix.device)
+    basis = torch.linalg.qr(matrix @ start).Q
+    for _ in range(2):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
+    return basis
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -47,6 +91,9 @@ CRITERIA: dict[str, Criterion] = {
     "fisher": Criterion(lambda name, weight, total, seed: total, _sum_of_squares),
     # |w|: SHiRA-WM (Bhardwaj et al., 2024)
     "magnitude": Criterion(lambda name, weight, total, seed: weight),
+    # |W_r| of rank 64, by the randomised range finder and exactly
+    "lift": lift(),
+    "lift-exact": lift(exact=True),
     # uniform: SHiRA-Rand (Bhardwaj et al., 2024)
     "random": Criterion(_random),
 }
