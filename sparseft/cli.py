@@ -129,8 +129,8 @@ def train(
     criterion: Annotated[
         str,
         typer.Option(
-            help="What makes a weight important: grad |g|, taylor |w*g|, fisher g^2, magnitude, lift (magnitude in "
-            "the best low-rank approximation), random."
+            help="What makes a weight important: grad |g|, taylor |w*g|, fisher g^2, magnitude, wanda "
+            "(magnitude times the input's norm), lift (magnitude in the best low-rank approximation), random."
         ),
     ] = "grad",
     tile: Annotated[int, typer.Option(help="Edge of a tile; 64 suits the kernels.")] = 64,

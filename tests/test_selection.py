@@ -374,6 +374,76 @@ def test_a_kind_is_the_name_after_the_layer_number():
     ]  # fmt: skip
 
 
+# ---- Wanda ------------------------------------------------------------------------------------------------------
+
+
+def matmul_inputs(model: nn.Module, batches, loss_fn, wanted) -> dict[str, np.ndarray]:
+    """Per weight the squared norm of every input feature over the tokens that `wanted(batch)` keeps, in fp64.
+
+    The layers' inputs are read off the products that the forward pass hands to torch, not off the layers.
+    """
+    found: dict[str, np.ndarray] = {}
+    names = {w.data_ptr(): name for name, w in eligible(model).items()}
+
+    class Spy(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            for weight in args[1:]:
+                if function in (nn.functional.linear, torch.addmm) and isinstance(weight, Tensor):
+                    name = names.get(weight.data_ptr())
+                    if name is not None:
+                        x = (args[1] if function is torch.addmm else args[0]).detach().double().numpy()
+                        x = x.reshape(-1, x.shape[-1])[keep.reshape(-1) if keep is not None else slice(None)]
+                        found[name] = found.get(name, 0) + (x**2).sum(0)
+            return function(*args, **(kwargs or {}))
+
+    for batch in batches:
+        keep = wanted(batch)
+        with Spy(), torch.no_grad():
+            loss_fn(model, batch) if loss_fn else model(**batch)
+    return found
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("allocation", ["global", "layer"])
+@pytest.mark.parametrize("which", ["mlp", "llama", "gpt2"])
+def test_wanda_is_the_dense_reference(which, allocation, n):
+    make, batches, loss_fn = MODELS[which]
+    model = make().double()
+    data = [x.double() if isinstance(x, Tensor) else x for x in batches(n)]
+    squares = matmul_inputs(model, data, loss_fn, lambda batch: None)
+    scores = {}
+    for name, weight in eligible(model).items():
+        norm = np.sqrt(squares[name])
+        scores[name] = np.abs(weight.detach().numpy()) * (norm[:, None] if which == "gpt2" else norm)
+    patterns = select(model, data, criterion="wanda", density=0.07, allocation=allocation, tile=TILE, tile_budget=1.0,
+                      loss_fn=loss_fn)  # fmt: skip
+    groups = [choose_freely(group, 0.07) for group in groups_of(scores, allocation)]
+    assert_same(patterns, {name: mask for group in groups for name, mask in group.items()})
+
+
+def test_wanda_leaves_padding_out():
+    model, [batch] = make_llama().double(), text_batches(1)
+    mask = torch.ones_like(batch["input_ids"])
+    mask[0, 5:] = 0
+    data = [{**batch, "attention_mask": mask}]
+    squares = matmul_inputs(model, data, None, lambda batch: batch["attention_mask"].bool().numpy())
+    scores = {n: np.abs(w.detach().numpy()) * np.sqrt(squares[n]) for n, w in eligible(model).items()}
+    assert_same(select(model, data, criterion="wanda", density=0.07, tile=TILE, tile_budget=1.0),
+                choose_freely(scores, 0.07))  # fmt: skip
+    everything = select(model, [batch], criterion="wanda", density=0.07, tile=TILE, tile_budget=1.0)
+    with pytest.raises(AssertionError):
+        assert_same(everything, choose_freely(scores, 0.07))
+
+
+def test_wanda_needs_linear_layers():
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.gate\.weight belongs to none"):
+        select(make_olmoe(), text_batches(1), criterion="wanda")
+    model = make_mlp()
+    with pytest.raises(ValueError, match=r"batch 0: the input of up\.weight's layer is not finite"):
+        select(model, [torch.full((2, 13), torch.inf)], criterion="wanda", loss_fn=mlp_loss)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 # ---- LIFT -------------------------------------------------------------------------------------------------------
 
 
@@ -859,7 +929,7 @@ def test_a_weight_that_the_loss_does_not_reach_scores_zero(caplog):
 
     patterns = select(model, mlp_batches(1), density=0.1, loss_fn=loss, tile_budget=1.0)
     assert list(patterns) == ["up.weight"]
-    assert "1 weights, the first down.weight, got no gradient" in caplog.text
+    assert "1 weights, the first down.weight, were not reached" in caplog.text
     everything = select(model, mlp_batches(1), density=1.0, loss_fn=loss)
     assert len(everything["down.weight"]) == 37 * 5  # k is exact even so
 

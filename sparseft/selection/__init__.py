@@ -1,8 +1,9 @@
 """Which entries train: model + batches -> {weight name: Pattern}.
 
 `weights.py` says which weights take part, `criteria.py` how their entries are scored, `gradients.py` runs backward
-passes without keeping gradients, `scoring.py` leads scores from there to the budgets, `topk.py` keeps the best of them,
-`budget.py` shares k entries among weights and packs them into tiles.
+passes without keeping gradients, `inputs.py` forward passes for the layers' inputs, `scoring.py` leads scores from
+there to the budgets, `topk.py` keeps the best of them, `budget.py` shares k entries among weights and packs them into
+tiles.
 """
 
 import logging
@@ -16,6 +17,7 @@ from sparseft.pattern import Pattern, check_tile
 from sparseft.selection.budget import ALLOCATIONS, LINES, Allocation, Budget, LineBudget
 from sparseft.selection.criteria import CRITERIA, Criterion, find, lift
 from sparseft.selection.gradients import Backward
+from sparseft.selection.inputs import Forward
 from sparseft.selection.scoring import Scoring
 from sparseft.selection.topk import StreamingTopK
 from sparseft.selection.weights import eligible, vectors
@@ -68,8 +70,8 @@ def select(
 
     Args:
         model: any module. Frozen weights may be selected too.
-        batches: mappings for `model(**batch).loss`, their tensors moved to the model's device; or anything that
-            `loss_fn` takes. An iterable is read once. None for criteria that need no gradient.
+        batches: mappings for `model(**batch)` with a loss, their tensors moved to the model's device; or anything that
+            `loss_fn` takes. An iterable is read once. None for criteria that need no data.
         density: share of the eligible entries to select, in (0, 1].
         criterion: a name in CRITERIA, or a function (name, weight, gradient summed over batches) -> scores of the
             weight's shape, which are ranked by magnitude.
@@ -107,7 +109,7 @@ def select(
     if batches is None or rule.accumulate is None:
         scoring.without_gradients()
     else:
-        scoring.with_gradients(Backward(model, weights, loss_fn), batches)
+        scoring.with_batches((Forward if rule.of_inputs else Backward)(model, weights, loss_fn), batches)
     patterns = {name: budgets[name].patterns[name] for name in weights if name in budgets[name].patterns}
     if not patterns:
         raise ValueError(f"density {density} selects nothing: it is less than half of one of the {structure}")
@@ -173,7 +175,7 @@ def _check_batches(rule: Criterion, batches) -> None:
         return
     if batches is None:
         free = sorted(name for name, other in CRITERIA.items() if other.accumulate is None)
-        raise ValueError(f"batches must be given: the criterion needs gradients (without: {free})")
+        raise ValueError(f"batches must be given: the criterion looks at data (those that do not: {free})")
     if isinstance(batches, Mapping | Tensor) or not isinstance(batches, Iterable):
         raise TypeError(f"batches must be an iterable of batches, got {type(batches).__name__}; one batch: [batch]")
 

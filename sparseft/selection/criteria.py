@@ -15,11 +15,14 @@ class Criterion:
     Args:
         score: (name, weight, total, seed) -> scores of the weight's shape; may be computed in place in `total`.
         accumulate: (total, gradient) adds one batch's gradient to `total`, in place; `total` (fp32, fp64 if a
-            weight is fp64) starts at zero. None: no gradient is needed, and the score gets None for `total`.
+            weight is fp64) starts at zero. None: no batch is needed, and the score gets None for `total`.
+        of_inputs: in place of gradients `accumulate` gets the inputs [tokens, features] of the weight's layer, and
+            `total` has one element per feature, along the weight's input dimension.
     """
 
     score: Callable[..., Tensor]
     accumulate: Callable[[Tensor, Tensor], object] | None = None
+    of_inputs: bool = False
 
 
 def _sum(total: Tensor, gradient: Tensor) -> None:
@@ -28,6 +31,14 @@ def _sum(total: Tensor, gradient: Tensor) -> None:
 
 def _sum_of_squares(total: Tensor, gradient: Tensor) -> None:
     total.addcmul_(gradient, gradient)  # squared in total's dtype
+
+
+def _sum_of_squared_inputs(total: Tensor, inputs: Tensor) -> None:
+    total.add_(inputs.to(total.dtype).square().sum(0).view_as(total))
+
+
+def _wanda(name: str, weight: Tensor, total: Tensor, seed: int) -> Tensor:
+    return weight.abs() * total.sqrt()
 
 
 def _generator(name: str, seed: int) -> torch.Generator:
@@ -91,6 +102,9 @@ CRITERIA: dict[str, Criterion] = {
     "fisher": Criterion(lambda name, weight, total, seed: total, _sum_of_squares),
     # |w|: SHiRA-WM (Bhardwaj et al., 2024)
     "magnitude": Criterion(lambda name, weight, total, seed: weight),
+    # |w| * |x|, x the input that w multiplies, its norm over all tokens: Wanda (Sun et al., 2024); ranked within
+    # budgets instead of output rows
+    "wanda": Criterion(_wanda, _sum_of_squared_inputs, of_inputs=True),
     # |W_r| of rank 64, by the randomised range finder and exactly
     "lift": lift(),
     "lift-exact": lift(exact=True),
