@@ -127,7 +127,11 @@ def train(
         ),
     ] = 0.01,
     criterion: Annotated[
-        str, typer.Option(help="What makes a weight important: grad |g|, taylor |w*g|, fisher g^2, magnitude, random.")
+        str,
+        typer.Option(
+            help="What makes a weight important: grad |g|, taylor |w*g|, fisher g^2, magnitude, wanda "
+            "(magnitude times the input's norm), lift (magnitude in the best low-rank approximation), random."
+        ),
     ] = "grad",
     tile: Annotated[int, typer.Option(help="Edge of a tile; 64 suits the kernels.")] = 64,
     tile_budget: Annotated[
@@ -138,7 +142,11 @@ def train(
         ),
     ] = 0.1,
     allocation: Annotated[
-        str, typer.Option(help="global: the best entries of the whole model; layer: the same share of every matrix.")
+        str,
+        typer.Option(
+            help="global: the best entries of the whole model; layer: the same share of every matrix; kind: of all "
+            "matrices of one kind, as q_proj; mixed: halfway between global and layer."
+        ),
     ] = "global",
     include: Annotated[
         list[str] | None,

@@ -27,7 +27,8 @@ class SparseConfig:
     """What to select, and how the selected entries train. The learning rate and so on are in TrainingArguments.
 
     Attributes:
-        density, criterion, tile, tile_budget, allocation, include, exclude, seed: as in `sparseft.select`.
+        density, criterion, tile, tile_budget, allocation, include, exclude, train_norms, seed: as in
+            `sparseft.select`.
         batches: training batches whose gradients are summed for the selection.
         decay_to: what `weight_decay` pulls towards: "pretrained" values or "zero".
         on_nonfinite: "skip" leaves out a step with a NaN or Inf gradient and counts it; "raise" stops.
@@ -40,6 +41,7 @@ class SparseConfig:
     allocation: str = "global"
     include: str | list[str] | None = None
     exclude: str | list[str] | None = None
+    train_norms: bool = False
     batches: int = 8
     decay_to: str = "pretrained"
     on_nonfinite: str = "skip"

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from sparseft.layers import sparsify
 from sparseft.pattern import Pattern, matrix_shape
-from sparseft.selection import CRITERIA, Criterion, StreamingTopK, eligible, select
+from sparseft.selection import ALLOCATIONS, CRITERIA, Allocation, Criterion, StreamingTopK, eligible, lift, select
 
 VOCAB = 61
 TILE = (8, 8)
@@ -113,19 +113,25 @@ def top(scores: np.ndarray, k: int) -> np.ndarray:
     return np.sort(np.lexsort((np.arange(scores.size), -scores.reshape(-1)))[:k])
 
 
-def choose_freely(scores: dict[str, np.ndarray], density: float) -> dict[str, np.ndarray]:
-    """Boolean masks of the best entries of one budget over all weights."""
+def choose_freely(scores: dict[str, np.ndarray], density: float, floor: float = 0.0) -> dict[str, np.ndarray]:
+    """Boolean masks of the best entries of one budget over all weights, `floor` of it for certain by size."""
     flat = np.concatenate([s.reshape(-1) for s in scores.values()])
     mask = np.zeros(flat.size, dtype=bool)
-    mask[top(flat, round(density * flat.size))] = True
+    start, k = 0, round(density * flat.size)
+    for s in scores.values():
+        mask[start + top(s, int(floor * k * s.size / flat.size))] = True
+        start += s.size
+    mask[top(np.where(mask, np.inf, flat), k)] = True
     parts = np.split(mask, np.cumsum([s.size for s in scores.values()])[:-1])
     return {name: part.reshape(s.shape) for (name, s), part in zip(scores.items(), parts, strict=True)}
 
 
-def choose_in_tiles(scores: dict[str, np.ndarray], density: float, tile, tile_budget: float) -> dict[str, np.ndarray]:
+def choose_in_tiles(
+    scores: dict[str, np.ndarray], density: float, tile, tile_budget: float, floor: float = 0.0
+) -> dict[str, np.ndarray]:
     """Masks after sorting rows and columns and keeping the best tiles, tile by tile in plain loops."""
     scores = {name: s.reshape(matrix_shape(s.shape)) for name, s in scores.items()}
-    free, tiles = choose_freely(scores, density), []
+    free, tiles = choose_freely(scores, density, floor), []
     for name, s in scores.items():
         mass = np.where(free[name], s, 0.0)
         rows = np.argsort(-mass.sum(1), kind="stable")
@@ -134,13 +140,48 @@ def choose_in_tiles(scores: dict[str, np.ndarray], density: float, tile, tile_bu
             for c in range(0, s.shape[1], tile[1]):
                 block = np.ix_(rows[r : r + tile[0]], cols[c : c + tile[1]])
                 tiles.append((mass[block].sum(), free[name][block].any(), name, block))
-    k, room, kept = sum(mask.sum() for mask in free.values()), 0, 0
+    tiles.sort(key=lambda t: -t[0])
+    k, entries = sum(mask.sum() for mask in free.values()), sum(s.size for s in scores.values())
     allowed = {name: np.full(s.shape, -1.0) for name, s in scores.items()}
-    for _, occupied, name, block in sorted(tiles, key=lambda t: -t[0]):
-        if occupied and (kept < round(tile_budget * len(tiles)) or room < k):
+    room, taken = dict.fromkeys(scores, 0), 0
+    for name, s in scores.items():  # first what every weight gets for certain
+        own = [t for t in tiles if t[2] == name]
+        least, sure = int(floor * tile_budget * len(own)), int(floor * k * s.size / entries)
+        for n, (_, occupied, _, block) in enumerate(own):
+            if occupied and (n < least or room[name] < sure):
+                room[name] += s[block].size
+                allowed[name][block] = s[block]
+                taken += 1
+    for _, occupied, name, block in tiles:
+        if (
+            occupied
+            and allowed[name][block].min() < 0
+            and (taken < round(tile_budget * len(tiles)) or sum(room.values()) < k)
+        ):
+            room[name] += scores[name][block].size
             allowed[name][block] = scores[name][block]
-            kept, room = kept + 1, room + scores[name][block].size
-    return choose_freely(allowed, density)
+            taken += 1
+    return choose_freely(allowed, density, floor)
+
+
+def groups_of(scores: dict[str, np.ndarray], allocation: str) -> list[dict[str, np.ndarray]]:
+    """The weights that share a budget, spelled out per model of this file."""
+    if allocation in ("global", "mixed"):
+        return [scores]
+    if allocation == "layer":
+        return [{name: s} for name, s in scores.items()]
+    kinds: dict[str, dict[str, np.ndarray]] = {}
+    for name, s in scores.items():
+        for prefix in ("model.layers.0.", "model.layers.1.", "transformer.h.0.", "transformer.h.1."):
+            if name.startswith(prefix):
+                kinds.setdefault(name.removeprefix(prefix), {})[name] = s
+                break
+        else:
+            kinds[name] = {name: s}
+    return list(kinds.values())
+
+
+FLOORS = {"global": 0.0, "layer": 0.0, "kind": 0.0, "mixed": 0.5}
 
 
 def masks_of(patterns: dict[str, Pattern], scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -167,7 +208,7 @@ def digests(patterns: dict[str, Pattern]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("criterion", ["grad", "taylor", "fisher", "magnitude"])
-@pytest.mark.parametrize("allocation", ["global", "layer"])
+@pytest.mark.parametrize("allocation", FLOORS)
 @pytest.mark.parametrize("which", MODELS)
 def test_free_choice_is_the_dense_reference(which, allocation, criterion):
     make, batches, loss_fn = MODELS[which]
@@ -184,10 +225,8 @@ def test_free_choice_is_the_dense_reference(which, allocation, criterion):
         tile_budget=1.0,
         loss_fn=loss_fn,
     )
-    if allocation == "global":
-        expected = choose_freely(scores, 0.07)
-    else:
-        expected = {name: choose_freely({name: s}, 0.07)[name] for name, s in scores.items()}
+    groups = [choose_freely(group, 0.07, FLOORS[allocation]) for group in groups_of(scores, allocation)]
+    expected = {name: next(group[name] for group in groups if name in group) for name in scores}
     assert_same(patterns, expected)
     assert list(patterns) == [name for name in scores if expected[name].any()]  # model order, empty ones left out
 
@@ -212,7 +251,7 @@ def test_scores_of_narrow_weights_are_summed_in_fp32(dtype, criterion, n):
 
 
 @pytest.mark.parametrize("tile_budget", [0.02, 0.1, 0.3, 0.9])
-@pytest.mark.parametrize("allocation", ["global", "layer"])
+@pytest.mark.parametrize("allocation", FLOORS)
 @pytest.mark.parametrize("which", MODELS)
 def test_tile_budget_is_the_dense_reference(which, allocation, tile_budget):
     make, batches, loss_fn = MODELS[which]
@@ -222,9 +261,8 @@ def test_tile_budget_is_the_dense_reference(which, allocation, tile_budget):
     patterns = select(
         model, data, density=0.03, allocation=allocation, tile=TILE, tile_budget=tile_budget, loss_fn=loss_fn
     )
-    groups = [scores] if allocation == "global" else [{name: s} for name, s in scores.items()]
-    for group in groups:
-        expected = choose_in_tiles(group, 0.03, TILE, tile_budget)
+    for group in groups_of(scores, allocation):
+        expected = choose_in_tiles(group, 0.03, TILE, tile_budget, FLOORS[allocation])
         found = masks_of(patterns, group)
         for name, mask in expected.items():
             np.testing.assert_array_equal(found[name].reshape(mask.shape), mask, err_msg=name)
@@ -234,7 +272,8 @@ def test_tile_budget_is_the_dense_reference(which, allocation, tile_budget):
         smallest = min(
             min(n % 8 or 8, 8) * min(m % 8 or 8, 8) for n, m in (matrix_shape(s.shape) for s in group.values())
         )
-        assert used <= max(round(tile_budget * total), -(-k // smallest))
+        # With a floor every weight may need a tile of its own to hold its sure entries.
+        assert used <= max(round(tile_budget * total), -(-k // smallest)) + (len(group) if FLOORS[allocation] else 0)
         assert sum(mask.sum() for mask in found.values()) == k
 
 
@@ -311,6 +350,237 @@ def test_density_one_selects_everything():
     patterns = select(make_mlp(), criterion="random", density=1, tile=TILE, tile_budget=0.1)
     assert all(p.density == 1 for p in patterns.values())
     assert list(patterns) == ["up.weight", "down.weight"]
+
+
+@pytest.mark.parametrize("tile_budget", [0.2, 1.0])
+def test_a_floor_reaches_the_weights_that_a_global_budget_passes_over(tile_budget):
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(4))).requires_grad_(False)
+    for i, layer in enumerate(model):
+        layer.weight.mul_(100.0**-i)
+    count = {}
+    for floor in (0.0, 0.25, 0.5, 1.0):
+        allocation = Allocation(lambda name: "", floor)
+        patterns = select(model, criterion="magnitude", density=0.01, allocation=allocation, tile=TILE,
+                          tile_budget=tile_budget)  # fmt: skip
+        count[floor] = [len(patterns.get(f"{i}.weight", ())) for i in range(4)]
+    # k = round(163.84); int(floor * k / 4) each, what is left goes to the first weight, whose entries are largest
+    assert count == {0.0: [164, 0, 0, 0], 0.25: [134, 10, 10, 10], 0.5: [104, 20, 20, 20], 1.0: [41, 41, 41, 41]}
+
+
+def test_a_kind_is_the_name_after_the_layer_number():
+    names = ["model.layers.0.mlp.up_proj.weight", "model.layers.11.mlp.up_proj.weight", "h.3.attn.c_attn.weight",
+             "0.weight", "head.weight", "experts.3.layers.7.gate.bias"]  # fmt: skip
+    assert list(map(ALLOCATIONS["kind"].budget, names)) == [
+        "mlp.up_proj.weight", "mlp.up_proj.weight", "attn.c_attn.weight", "weight", "head.weight", "gate.bias"
+    ]  # fmt: skip
+
+
+# ---- Wanda ------------------------------------------------------------------------------------------------------
+
+
+def matmul_inputs(model: nn.Module, batches, loss_fn, wanted) -> dict[str, np.ndarray]:
+    """Per weight the squared norm of every input feature over the tokens that `wanted(batch)` keeps, in fp64.
+
+    The layers' inputs are read off the products that the forward pass hands to torch, not off the layers.
+    """
+    found: dict[str, np.ndarray] = {}
+    names = {w.data_ptr(): name for name, w in eligible(model).items()}
+
+    class Spy(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            for weight in args[1:]:
+                if function in (nn.functional.linear, torch.addmm) and isinstance(weight, Tensor):
+                    name = names.get(weight.data_ptr())
+                    if name is not None:
+                        x = (args[1] if function is torch.addmm else args[0]).detach().double().numpy()
+                        x = x.reshape(-1, x.shape[-1])[keep.reshape(-1) if keep is not None else slice(None)]
+                        found[name] = found.get(name, 0) + (x**2).sum(0)
+            return function(*args, **(kwargs or {}))
+
+    for batch in batches:
+        keep = wanted(batch)
+        with Spy(), torch.no_grad():
+            loss_fn(model, batch) if loss_fn else model(**batch)
+    return found
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("allocation", ["global", "layer"])
+@pytest.mark.parametrize("which", ["mlp", "llama", "gpt2"])
+def test_wanda_is_the_dense_reference(which, allocation, n):
+    make, batches, loss_fn = MODELS[which]
+    model = make().double()
+    data = [x.double() if isinstance(x, Tensor) else x for x in batches(n)]
+    squares = matmul_inputs(model, data, loss_fn, lambda batch: None)
+    scores = {}
+    for name, weight in eligible(model).items():
+        norm = np.sqrt(squares[name])
+        scores[name] = np.abs(weight.detach().numpy()) * (norm[:, None] if which == "gpt2" else norm)
+    patterns = select(model, data, criterion="wanda", density=0.07, allocation=allocation, tile=TILE, tile_budget=1.0,
+                      loss_fn=loss_fn)  # fmt: skip
+    groups = [choose_freely(group, 0.07) for group in groups_of(scores, allocation)]
+    assert_same(patterns, {name: mask for group in groups for name, mask in group.items()})
+
+
+def test_wanda_leaves_padding_out():
+    model, [batch] = make_llama().double(), text_batches(1)
+    mask = torch.ones_like(batch["input_ids"])
+    mask[0, 5:] = 0
+    data = [{**batch, "attention_mask": mask}]
+    squares = matmul_inputs(model, data, None, lambda batch: batch["attention_mask"].bool().numpy())
+    scores = {n: np.abs(w.detach().numpy()) * np.sqrt(squares[n]) for n, w in eligible(model).items()}
+    assert_same(select(model, data, criterion="wanda", density=0.07, tile=TILE, tile_budget=1.0),
+                choose_freely(scores, 0.07))  # fmt: skip
+    everything = select(model, [batch], criterion="wanda", density=0.07, tile=TILE, tile_budget=1.0)
+    with pytest.raises(AssertionError):
+        assert_same(everything, choose_freely(scores, 0.07))
+
+
+def test_wanda_needs_linear_layers():
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.gate\.weight belongs to none"):
+        select(make_olmoe(), text_batches(1), criterion="wanda")
+    model = make_mlp()
+    with pytest.raises(ValueError, match=r"batch 0: the input of up\.weight's layer is not finite"):
+        select(model, [torch.full((2, 13), torch.inf)], criterion="wanda", loss_fn=mlp_loss)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+# ---- LIFT -------------------------------------------------------------------------------------------------------
+
+
+def principal(weight: Tensor, rank: int) -> np.ndarray:
+    """The best approximation of this rank, matrix by matrix, by LAPACK in fp64."""
+    u, s, vh = np.linalg.svd(weight.detach().double().numpy(), full_matrices=False)
+    return (u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :]
+
+
+@pytest.mark.parametrize("which", ["mlp", "llama", "olmoe"])  # olmoe: stacks of matrices
+def test_exact_lift_is_the_dense_reference(which):
+    model = MODELS[which][0]().double()
+    scores = {name: np.abs(principal(w, 3)) for name, w in eligible(model).items()}
+    patterns = select(model, criterion=lift(3, exact=True), density=0.07, tile=TILE, tile_budget=1.0)
+    assert_same(patterns, choose_freely(scores, 0.07))
+
+
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40), (3, 40, 30)])
+def test_randomised_lift_of_a_matrix_of_that_rank_is_the_matrix(shape):
+    generator = torch.Generator().manual_seed(20)
+    left, right = (torch.randn(*s, generator=generator, dtype=torch.float64)
+                   for s in ((*shape[:-1], 5), (*shape[:-2], 5, shape[-1])))  # fmt: skip
+    weight = left @ right
+    scores = lift(5).score("w", weight, None, 0)
+    # Exact but for rounding: a few dozen products of orthonormal factors, each off by about shape * eps * |W|.
+    slack = 100 * max(shape) * torch.finfo(torch.float64).eps * float(torch.linalg.matrix_norm(weight).max())
+    assert float((scores - weight).abs().max()) < slack
+
+
+@pytest.mark.parametrize("shape", [(60, 200), (200, 60)])
+def test_randomised_lift_is_nearly_the_best_approximation(shape):
+    rank, power = 8, 2
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(21), dtype=torch.float64)  # hardly decays
+    s = np.linalg.svd(weight.numpy(), compute_uv=False)
+    error = np.linalg.norm(weight.numpy() - lift(rank).score("w", weight, None, 0).numpy(), 2)
+    # Halko et al. (2011), corollary 10.10 and theorem 9.3, with as many spare directions as the rank
+    tail = np.sqrt((s[rank:] ** (2 * (2 * power + 1))).sum())
+    bound = (1 + np.sqrt(rank / (rank - 1))) * s[rank] ** (2 * power + 1) + np.e * np.sqrt(2 * rank) / rank * tail
+    assert s[rank] <= error * (1 + 1e-12)
+    assert error <= s[rank] + bound ** (1 / (2 * power + 1))
+    best = np.linalg.norm(s[rank:])  # and in the Frobenius norm, which the scores see, within a few per cent
+    assert np.linalg.norm(weight.numpy() - lift(rank).score("w", weight, None, 0).numpy()) < 1.05 * best
+
+
+def test_lift_of_what_has_no_higher_rank_is_the_magnitude():
+    model = make_mlp()
+    for criterion in ("lift", "lift-exact"):  # 64 is more than the smaller side of every weight here
+        assert digests(select(model, criterion=criterion, density=0.1, tile=TILE)) == digests(
+            select(model, criterion="magnitude", density=0.1, tile=TILE)
+        )
+    vector = torch.randn(9)
+    assert torch.equal(lift(3).score("b", vector, None, 0), vector)
+
+
+def test_randomised_lift_depends_on_seed_and_name_alone():
+    weight = torch.randn(50, 40)
+    first = lift(4).score("a", weight, None, 0)
+    torch.manual_seed(5)
+    assert torch.equal(lift(4).score("a", weight, None, 0), first)
+    assert not torch.equal(lift(4).score("b", weight, None, 0), first)
+    assert not torch.equal(lift(4).score("a", weight, None, 1), first)
+    with pytest.raises(ValueError, match="rank must be positive, got 0"):
+        lift(0)
+
+
+# ---- rows and columns -------------------------------------------------------------------------------------------
+
+
+def choose_lines(scores: dict[str, np.ndarray], density: float, along: int) -> dict[str, np.ndarray]:
+    """Masks of the lines with the largest mean, taken one by one while that comes closer to k."""
+    scores = {name: s.reshape(matrix_shape(s.shape)) for name, s in scores.items()}
+    lines = [(mean, name, i) for name, s in scores.items() for i, mean in enumerate(s.mean(along))]
+    masks = {name: np.zeros(s.shape, bool) for name, s in scores.items()}
+    k, taken = round(density * sum(s.size for s in scores.values())), 0
+    for _, name, i in sorted(lines, key=lambda line: -line[0]):
+        size = scores[name].shape[along]
+        if abs(taken + size - k) >= abs(taken - k):
+            break
+        masks[name][(i, slice(None)) if along == 1 else (slice(None), i)] = True
+        taken += size
+    return masks
+
+
+@pytest.mark.parametrize("density", [0.02, 0.15, 1.0])
+@pytest.mark.parametrize(("structure", "along"), [("rows", 1), ("columns", 0)])
+@pytest.mark.parametrize("allocation", ["global", "layer", "kind"])
+@pytest.mark.parametrize("which", MODELS)
+def test_lines_are_the_dense_reference(which, allocation, structure, along, density):
+    make, batches, loss_fn = MODELS[which]
+    model = make().double()
+    data = [x.double() if isinstance(x, Tensor) else x for x in batches(2)]
+    groups = groups_of(dense_scores(model, data, "grad", loss_fn), allocation)
+    expected = {name: mask for group in groups for name, mask in choose_lines(group, density, along).items()}
+    settings = {"density": density, "allocation": allocation, "structure": structure, "tile": TILE, "loss_fn": loss_fn}
+    if not any(mask.any() for mask in expected.values()):  # every first line is too long
+        with pytest.raises(ValueError, match=f"selects nothing: .* one of the {structure}"):
+            select(model, data, **settings)
+        return
+    assert_same(select(model, data, **settings), expected)
+
+
+def test_lines_keep_no_scores(caplog):
+    with caplog.at_level(logging.INFO, "sparseft"):
+        select(make_mlp(), mlp_batches(1), density=0.1, structure="rows", loss_fn=mlp_loss)
+    assert "score buffer: 0.0 MB for 0 of 2 weights" in caplog.text
+
+
+# ---- norms and biases -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "batches", "loss_fn", "expected"),
+    [
+        (make_mlp, mlp_batches, mlp_loss, ["up.bias", "norm.weight", "norm.bias"]),
+        (make_llama, text_batches, None,
+         [f"model.layers.{i}.{norm}_layernorm.weight" for i in range(2) for norm in ("input", "post_attention")]
+         + ["model.norm.weight"]),
+    ],
+    ids=["mlp", "llama"],
+)  # fmt: skip
+def test_train_norms_adds_whole_vectors(make, batches, loss_fn, expected):
+    model, data = make(), batches(2)
+    settings = {"density": 0.05, "tile": TILE, "loss_fn": loss_fn}
+    plain = digests(select(model, data, **settings))
+    patterns = select(model, data, train_norms=True, **settings)
+    assert sorted(patterns.keys() - plain.keys()) == sorted(expected)
+    assert list(patterns) == [name for name, _ in model.named_parameters() if name in patterns]
+    for name, pattern in patterns.items():
+        if name in plain:
+            assert pattern.digest == plain[name]
+        else:
+            length = model.get_parameter(name).numel()
+            assert pattern.validate().shape == (1, length)
+            assert pattern.indices().tolist() == list(range(length))
+    fewer = select(model, data, train_norms=True, exclude=expected[0], **settings)
+    assert fewer.keys() == patterns.keys() - {expected[0]}
 
 
 # ---- random, user criteria, streaming ---------------------------------------------------------------------------
@@ -569,10 +839,22 @@ ERRORS = {
     "density 0": ({"density": 0}, ValueError, r"density must lie in \(0, 1\], got 0"),
     "density 2": ({"density": 2}, ValueError, "density must lie in"),
     "density nan": ({"density": float("nan")}, ValueError, "density must lie in"),
-    "too little": ({"density": 1e-4}, ValueError, "density 0.0001 selects no entry: the largest global budget has 117"),
+    "too little": ({"density": 1e-4}, ValueError, "density 0.0001 selects no entry: the largest budget has 117"),
     "tile budget": ({"tile_budget": 0.0}, ValueError, r"tile_budget must lie in \(0, 1\], got 0"),
     "tile": ({"tile": (512, 512)}, ValueError, "tile must be two positive sizes"),
-    "allocation": ({"allocation": "best"}, ValueError, r"one of \['global', 'layer'\], got 'best'"),
+    "allocation": ({"allocation": "best"}, ValueError, r"Allocation or one of .*'mixed'\], got 'best'"),
+    "floor": ({"allocation": Allocation(str, 1.5)}, ValueError, r"allocation.floor must lie in \[0, 1\], got 1.5"),
+    "structure": ({"structure": "row"}, ValueError, r"structure must be one of \['entries', 'rows', 'columns'\], got"),
+    "half a row": (
+        {"structure": "rows", "density": 0.01},
+        ValueError,
+        "density 0.01 selects nothing: .*the rows",
+    ),
+    "floor of rows": (
+        {"structure": "rows", "allocation": "mixed"},
+        ValueError,
+        "a floor goes by entries, and .*'rows'",
+    ),
     "criterion": ({"criterion": "gard"}, ValueError, "one of .*'fisher', 'grad', .*got 'gard'"),
     "no match": (
         {"include": "attention"},
@@ -581,7 +863,11 @@ ERRORS = {
     ),
     "no match out": ({"exclude": "attention"}, ValueError, "'attention' matches no weight"),
     "nothing left": ({"exclude": "*"}, ValueError, r"exclude='\*' leave no weight"),
-    "no batches": ({"batches": None}, ValueError, r"batches must be given.*\['magnitude', 'random'\]"),
+    "no batches": (
+        {"batches": None},
+        ValueError,
+        r"batches must be given.*\['lift', 'lift-exact', 'magnitude', 'random'\]",
+    ),
     "empty batches": ({"batches": []}, ValueError, "at least one batch, got none"),
     "one dict": ({"batches": {"x": 1}}, TypeError, r"iterable of batches, got dict; one batch: \[batch\]"),
     "a number": ({"batches": 3}, TypeError, "iterable of batches, got int"),
@@ -644,7 +930,7 @@ def test_a_weight_that_the_loss_does_not_reach_scores_zero(caplog):
 
     patterns = select(model, mlp_batches(1), density=0.1, loss_fn=loss, tile_budget=1.0)
     assert list(patterns) == ["up.weight"]
-    assert "1 weights, the first down.weight, got no gradient" in caplog.text
+    assert "1 weights, the first down.weight, were not reached" in caplog.text
     everything = select(model, mlp_batches(1), density=1.0, loss_fn=loss)
     assert len(everything["down.weight"]) == 37 * 5  # k is exact even so
 

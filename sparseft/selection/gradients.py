@@ -36,7 +36,6 @@ class Backward:
         Meanwhile only the weights require gradients, and the random generators start from `seed`.
         """
         before = [(p, p.requires_grad, p.grad) for p in self.model.parameters()]
-        buffers = [(b, b.clone()) for b in self.model.buffers()]
         wanted = {id(weight) for weight in self.weights.values()}
         handles = []
         try:
@@ -46,7 +45,7 @@ class Backward:
                     parameter.requires_grad_(not requires_grad)
             for name, weight in self.weights.items():
                 handles.append(weight.register_post_accumulate_grad_hook(partial(self._arrived, name)))
-            with _seeded(self.model, seed), torch.enable_grad():
+            with unchanged_buffers(self.model), seeded(self.model, seed), torch.enable_grad():
                 yield
         finally:
             for handle in handles:
@@ -55,10 +54,10 @@ class Backward:
                 if parameter.requires_grad != requires_grad:
                     parameter.requires_grad_(requires_grad)
                 parameter.grad = grad
-            with torch.no_grad():
-                for buffer, old in buffers:
-                    if not torch.equal(buffer, old):  # batch norm changes them without a new version number
-                        buffer.copy_(old)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a sum of gradients: the weight's."""
+        return tuple(self.weights[name].shape)
 
     def __call__(self, number: int, batch: Any, take: Callable[[str, Tensor], None]) -> None:
         """One forward and backward pass, in which `take(name, gradient)` gets every gradient as it arises.
@@ -85,15 +84,9 @@ class Backward:
         loss: Any
         if self._loss_fn is not None:
             loss, source = self._loss_fn(self.model, batch), "loss_fn(model, batch)"
-        elif isinstance(batch, Mapping):
-            device = next(self.model.parameters()).device
-            moved = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
-            loss, source = getattr(self.model(**moved), "loss", None), "model(**batch).loss (given labels?)"
         else:
-            raise TypeError(
-                f"batch {self._number} must be a mapping for model(**batch), got {type(batch).__name__}; "
-                "for other batches give a loss_fn"
-            )
+            output = self.model(**moved_to(self.model, batch, self._number))
+            loss, source = getattr(output, "loss", None), "model(**batch).loss (given labels?)"
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"batch {self._number}: {source} must be a scalar tensor, got {got}")
@@ -115,8 +108,36 @@ class Backward:
             self._take(name, gradient)
 
 
+def moved_to(model: nn.Module, batch: Any, number: int) -> dict[str, Any]:
+    """The batch as arguments of the model, tensors on its device.
+
+    Raises:
+        TypeError: it is no mapping.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"batch {number} must be a mapping for model(**batch), got {type(batch).__name__}; "
+            "for other batches give a loss_fn"
+        )
+    device = next(model.parameters()).device
+    return {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
+
+
 @contextmanager
-def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
+def unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    """Afterwards the model's buffers hold what they held before."""
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, old in buffers:
+                if not torch.equal(buffer, old):  # batch norm changes them without a new version number
+                    buffer.copy_(old)
+
+
+@contextmanager
+def seeded(model: nn.Module, seed: int) -> Iterator[None]:
     """The generators of the model's devices start from `seed` and are put back afterwards."""
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):

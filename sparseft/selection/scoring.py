@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseft.selection.budget import Budget
+from sparseft.selection.budget import Budget, LineBudget
 from sparseft.selection.criteria import Criterion
 from sparseft.selection.gradients import Backward, is_finite
+from sparseft.selection.inputs import Forward
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class Scoring:
 
     criterion: Criterion
     weights: dict[str, nn.Parameter]
-    budgets: dict[str, Budget]
+    budgets: dict[str, Budget | LineBudget]
     dtype: torch.dtype
     seed: int
 
@@ -40,38 +41,38 @@ class Scoring:
             self._add(name, None)
 
     @torch.no_grad()
-    def with_gradients(self, backward: Backward, batches: Iterable[Any]) -> None:
-        """One backward pass per batch. A single batch's scores are made inside it, others from sums after the last."""
+    def with_batches(self, run: Backward | Forward, batches: Iterable[Any]) -> None:
+        """One pass per batch; scores are made from sums after the last, those of a single backward pass inside it."""
         totals: dict[str, Tensor] = {}
         added: set[str] = set()
-        with backward.prepared(self.seed):
+        with run.prepared(self.seed):
             stream = iter(batches)  # in here, so that a shuffling loader draws from the seeded generator
             first = list(islice(stream, 2))
             if not first:
                 raise ValueError("batches must hold at least one batch, got none")
-            single = len(first) == 1
-            self._log_buffer(several_batches=not single)
+            single = len(first) == 1 and isinstance(run, Backward)  # inputs may come in several parts
+            self._log_buffer(several_batches=not single and isinstance(run, Backward))
 
-            def take(name: str, gradient: Tensor) -> None:
+            def take(name: str, part: Tensor) -> None:
                 if name not in totals:
-                    totals[name] = self._zeros(name)
-                self._accumulate(totals[name], gradient)
+                    totals[name] = self._zeros(name, run)
+                self._accumulate(totals[name], part)
                 if single:
                     self._add(name, totals.pop(name))
                     added.add(name)
 
             for number, batch in enumerate(chain(first, stream)):
-                backward(number, batch, take)
+                run(number, batch, take)
         silent = [name for name in self.weights if name not in added and name not in totals]
         if silent:
-            logger.warning("%d weights, the first %s, got no gradient and score 0", len(silent), silent[0])
+            logger.warning("%d weights, the first %s, were not reached and score 0", len(silent), silent[0])
         for name in self.weights:
             if name not in added:
-                self._add(name, totals.pop(name) if name in totals else self._zeros(name))
+                self._add(name, totals.pop(name) if name in totals else self._zeros(name, run))
 
-    def _accumulate(self, total: Tensor, gradient: Tensor) -> None:
+    def _accumulate(self, total: Tensor, part: Tensor) -> None:
         assert self.criterion.accumulate is not None
-        self.criterion.accumulate(total, gradient)
+        self.criterion.accumulate(total, part)
 
     def _add(self, name: str, total: Tensor | None) -> None:
         weight = self.weights[name].detach()
@@ -83,8 +84,8 @@ class Scoring:
             raise ValueError(f"criterion gives scores for {name} that are not finite")
         self.budgets[name].add(name, scores.to(self.dtype))
 
-    def _zeros(self, name: str) -> Tensor:
-        return torch.zeros(self.weights[name].shape, dtype=self.dtype, device=self.weights[name].device)
+    def _zeros(self, name: str, run: Backward | Forward) -> Tensor:
+        return torch.zeros(run.shape(name), dtype=self.dtype, device=self.weights[name].device)
 
     def _log_buffer(self, several_batches: bool) -> None:
         """Sums over batches become scores in place, so one buffer serves for both."""

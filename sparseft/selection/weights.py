@@ -45,6 +45,19 @@ def eligible(
     return {name: p for name, p in parameters.items() if name in chosen}
 
 
+def vectors(model: nn.Module, exclude: str | Sequence[str] | None = None) -> dict[str, nn.Parameter]:
+    """The one-dimensional floating-point parameters, norms' scales and shifts and biases, by name, in model order.
+
+    `exclude`: as in `eligible`.
+    """
+    left_out = [] if exclude is None else _several(exclude)
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if p.is_floating_point() and p.dim() == 1 and p.numel() and not any(_matches(name, e) for e in left_out)
+    }
+
+
 def _left_out(model: nn.Module) -> set[int]:
     """The ids of embeddings, output head and normalisation parameters."""
     modules = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) or _is_norm(m)]
