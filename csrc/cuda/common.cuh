@@ -124,7 +124,9 @@ class Call {
     if (shared > (48 << 10)) {  // more than every device grants unasked
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
     }
-    kernel<<<static_cast<unsigned>(blocks), threads, shared, stream_> > >(arguments...);
+    // clang-format off (it takes >>> for templates)
+    kernel<<<static_cast<unsigned>(blocks), threads, shared, stream_>>>(arguments...);
+    // clang-format on
     check(cudaGetLastError());
 #endif
   }
