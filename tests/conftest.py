@@ -27,15 +27,13 @@ def _seeded():
 
 @pytest.fixture
 def data_folder() -> Callable[[str], Path]:
-    """`data_folder("banking77")`: that data set under $SPARSEFT_DATA; skips the test where it is not there."""
+    """`data_folder("banking77")`: that data set under $SPARSEFT_DATA (or ../shared/data); skips where it is not."""
 
     def find(name: str) -> Path:
-        root = os.environ.get("SPARSEFT_DATA")
-        if not root:
-            pytest.skip("SPARSEFT_DATA is not set: it names the folder that holds the test data sets")
-        folder = Path(root) / name
+        beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+        folder = Path(os.environ.get("SPARSEFT_DATA") or beside) / name
         if not folder.is_dir():
-            pytest.skip(f"SPARSEFT_DATA has no data set {name!r} (looked for {folder})")
+            pytest.skip(f"there is no data set {folder}; SPARSEFT_DATA names the folder that holds them")
         return folder
 
     return find
