@@ -128,10 +128,9 @@ inline void check_entries(const char* op, const std::optional<Tensor>& rows, con
   STD_TORCH_CHECK(tiles.is_contiguous(), op, ": tiles must be contiguous");
   check_device(op, "tiles", tiles, like);
   STD_TORCH_CHECK(tile.size() == 2, op, ": tile must be two sizes, got ", tile.size());
-  STD_TORCH_CHECK(tile[0] >= 1 && tile[1] >= 1 && tile[0] <= kMaxTile && tile[1] <= kMaxTile &&
-                      tile[0] * tile[1] <= kMaxTile,
-                  op, ": tile must be two positive sizes with at most ", kMaxTile, " positions, got ", tile[0], " x ",
-                  tile[1]);
+  STD_TORCH_CHECK(
+      tile[0] >= 1 && tile[1] >= 1 && tile[0] <= kMaxTile && tile[1] <= kMaxTile && tile[0] * tile[1] <= kMaxTile, op,
+      ": tile must be two positive sizes with at most ", kMaxTile, " positions, got ", tile[0], " x ", tile[1]);
 }
 
 // Contiguous matrices of one dtype on one device; all of them are checked before anything is written.
@@ -148,8 +147,8 @@ inline void check_weights(const char* op, const std::vector<Tensor>& weights) {
 }
 
 inline void check_masked_grad(const Tensor& out, const Tensor& grad_out, const Tensor& input,
-                              const std::optional<Tensor>& rows, const std::optional<Tensor>& cols,
-                              const Tensor& tiles, const Tensor& local, const std::vector<int64_t>& tile) {
+                              const std::optional<Tensor>& rows, const std::optional<Tensor>& cols, const Tensor& tiles,
+                              const Tensor& local, const std::vector<int64_t>& tile) {
   const char* op = "masked_grad_";
   STD_TORCH_CHECK(grad_out.dim() == 2 && input.dim() == 2, op, ": grad_out and input must be [T, N] and [T, K]");
   STD_TORCH_CHECK(grad_out.size(0) == input.size(0), op, ": grad_out and input must share their first dimension, got ",

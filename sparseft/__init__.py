@@ -2,7 +2,21 @@
 
 from sparseft import ops
 from sparseft.backend import backends
+from sparseft.delta import Delta
 from sparseft.layers import SparseLinear, densify, parameters, sparsify
+from sparseft.optim import SparseAdamW
 from sparseft.pattern import Pattern
+from sparseft.selection import select
 
-__all__ = ["Pattern", "SparseLinear", "backends", "densify", "ops", "parameters", "sparsify"]
+__all__ = [
+    "Delta",
+    "Pattern",
+    "SparseAdamW",
+    "SparseLinear",
+    "backends",
+    "densify",
+    "ops",
+    "parameters",
+    "select",
+    "sparsify",
+]

@@ -8,9 +8,11 @@ Environment: SPARSEFT_BACKEND=<name> forces one implementation; an operation or 
 
 import importlib
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -30,7 +32,7 @@ def load() -> None:
     here = Path(__file__).parent
     for name, file in _LIBRARIES.items():
         if not (here / file).exists():
-            _missing[name] = f"{file} was not built (python -m pip install . prints why)"
+            _missing[name] = f"{file} is not there: {_build_record(here, name)}"
             continue
         try:
             torch.ops.load_library(here / file)
@@ -39,6 +41,14 @@ def load() -> None:
     if importlib.util.find_spec("triton") is None:
         _missing["triton"] = "the package triton is not installed"
     force(os.environ.get("SPARSEFT_BACKEND") or None)
+
+
+def _build_record(here: Path, name: str) -> str:
+    """Why a library was not built, as the build noted it."""
+    record = here / "_build.json"
+    if not record.exists():
+        return "sparseft runs from sources that were not built (pip install .)"
+    return str(json.loads(record.read_text()).get(name, "the build made no such library"))
 
 
 def force(name: str | None) -> None:
@@ -92,11 +102,19 @@ def _refusal(name: str, operation: str, device_type: str) -> str | None:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"sparseft_{name}::{operation}", name.upper()):
             return f"{_LIBRARIES[name]} has no kernel for it"
         return None
-    if importlib.util.find_spec(f"sparseft.kernels.{operation.rstrip('_')}") is None:
-        return "no Triton kernel for it yet"
+    if not _has_triton_kernel(operation):
+        return "there is no Triton kernel for it"
     if device_type == "cpu" and (os.environ.get("TRITON_INTERPRET") != "1" or _forced != "triton"):
         return "on CPU tensors it runs only when forced and under TRITON_INTERPRET=1"
     return None if device_type in ("cpu", "cuda") else f"it runs on cuda tensors only, got {device_type}"
+
+
+@cache
+def _has_triton_kernel(operation: str) -> bool:
+    try:
+        return importlib.util.find_spec(f"sparseft.kernels.{operation.rstrip('_')}") is not None
+    except ModuleNotFoundError:  # sparseft runs from its sources, without an installation
+        return False
 
 
 def _function(name: str, operation: str) -> Callable:

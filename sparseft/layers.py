@@ -26,7 +26,7 @@ class Selected:
     """One sparsified weight of a model.
 
     Attributes:
-        name: the weight's qualified parameter name. `module`: its owner (None in the optimizer's drop-in door).
+        name: the weight's qualified parameter name.
         weight: the full parameter; always holds the current values, rounded to its dtype.
         values: fp32 (fp64 for fp64 weights) leaf [k]: the master values, in the pattern's order.
         base: [k], the pretrained values bit for bit, in the weight's dtype.
@@ -34,7 +34,6 @@ class Selected:
     """
 
     name: str
-    module: nn.Module | None
     weight: nn.Parameter
     values: nn.Parameter
     base: Tensor
@@ -68,23 +67,36 @@ class MaskedLinear(torch.autograd.Function):
         return grad_x, grad_values, None, grad_bias, *[None] * 6
 
 
-class _Sparse:
+class _Sparse(nn.Module):
     """What the sparse layer classes share; each sits in front of the plain class that it replaces."""
 
+    plain: type[nn.Module]
     transposed = False
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    values: nn.Parameter
+    rows: Tensor
+    cols: Tensor
+    tiles: Tensor
+    local: Tensor
+    _tile: tuple[int, int]
 
     def forward(self, input: Tensor) -> Tensor:
         """The plain layer's output; under autocast in autocast's dtype, as the plain layer's."""
         x, weight, bias = input, self.weight, self.bias
         device = input.device.type
-        if torch.is_autocast_enabled(device):
+        if not torch.amp.is_autocast_available(device):  # the meta device
+            return self._linear(x, weight, bias)
+        if torch.is_autocast_enabled(device) and input.dtype != torch.float64:  # autocast leaves fp64 alone
             dtype = torch.get_autocast_dtype(device)
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         with torch.autocast(device, enabled=False):
-            return MaskedLinear.apply(
-                x, self.values, weight, bias, self.rows, self.cols, self.tiles, self.local, self._tile, self.transposed
-            )
+            return self._linear(x, weight, bias)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        entries = self.rows, self.cols, self.tiles, self.local, self._tile
+        return MaskedLinear.apply(x, self.values, weight, bias, *entries, self.transposed)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -112,29 +124,43 @@ def sparsify(model: nn.Module, patterns: dict[str, Pattern]) -> nn.Module:
         The same model. Its `state_dict` has the same keys and shapes as before.
 
     Raises:
+        TypeError: `patterns` is not a dict of Patterns.
         ValueError: no pattern, an unknown name, a shape that does not fit, a weight that is not contiguous or
-            not floating point, or a model that is sparsified already. The model is unchanged then.
+            not floating point, a module with attributes of the same names as the new ones, or a model that is
+            sparsified already. The model is unchanged then.
     """
+    wrapped, model = model, plain(model)
     parameters_by_name = dict(model.named_parameters())
     _check(model, patterns, parameters_by_name)
     flags = {name: p.requires_grad for name, p in parameters_by_name.items()}
     uses = _uses(model)
+    prepared = []
+    for name, pattern in patterns.items():  # what can fail comes before the first change
+        there = pattern.to(parameters_by_name[name].device)
+        prepared.append((name, there, *leaf_of(parameters_by_name[name], there)))
     model.requires_grad_(False)
-    for name, pattern in patterns.items():
+    model.zero_grad()  # a dense gradient left from before has no further use
+    for name, pattern, values, base in prepared:
         module_name, _, leaf = name.rpartition(".")
-        _attach(model.get_submodule(module_name), leaf, pattern.to(parameters_by_name[name].device), uses)
+        _attach(model.get_submodule(module_name), leaf, pattern, values, base, uses)
     model._sparseft_flags = flags
-    return model
+    # DistributedDataParallel: patterns are equal on all ranks and never change, and int16 cannot be broadcast
+    ours = {id(tensor) for chosen in selected(model).values() for tensor in (*chosen.pattern.layout[:4], chosen.base)}
+    ignored = [name for name, buffer in model.named_buffers() if id(buffer) in ours]
+    model._ddp_params_and_buffers_to_ignore = ignored
+    return wrapped
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Back to plain layers, in place: the weights keep their current values, `requires_grad` is as before `sparsify`."""
-    for chosen in selected(model).values():
-        module, name = chosen.module, chosen.name.rpartition(".")[2]
+    """Back to plain layers, in place; weights keep their current values, `requires_grad` is as before `sparsify`."""
+    wrapped, model = model, plain(model)
+    for module, name, _ in list(_walk(model)):
+        chosen = _describe(module, name)
         for handle in module._sparseft.pop(name)["handles"]:
             handle.remove()
         for key in _gather_hooks(chosen.weight):
             del chosen.weight._post_accumulate_grad_hooks[key]
+        del chosen.values._sparseft_owner  # an optimizer that still holds the leaf has nothing to write to
         stem = _stem(name)
         for attribute in (*TENSORS, "base", "values"):
             delattr(module, stem + attribute)
@@ -143,40 +169,55 @@ def densify(model: nn.Module) -> nn.Module:
         if isinstance(module, _Sparse):
             module.__class__ = module.plain
             del module._tile
+    model.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
     for name, flag in model.__dict__.pop("_sparseft_flags", {}).items():
         model.get_parameter(name).requires_grad_(flag)
-    return model
+    return wrapped
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`'s wrapper, whose parameters have their own names."""
+    return getattr(model, "_orig_mod", model)
 
 
 def selected(model: nn.Module) -> dict[str, Selected]:
     """Every sparsified weight of the model, by parameter name, in the model's order; empty for a plain model."""
-    return {chosen.name: chosen for chosen in _walk(model)}
+    return {qualified: _describe(module, name, qualified) for module, name, qualified in _walk(model)}
 
 
 def parameters(model: nn.Module) -> list[nn.Parameter]:
     """The trainable leaves, for any torch optimizer: after its step the values are written to the weights."""
-    return [chosen.values for chosen in _walk(model)]
+    return [chosen.values for chosen in selected(model).values()]
 
 
 def write_values_(model: nn.Module) -> None:
     """Write every leaf's values into its weight, rounded to the weight's dtype."""
-    for chosen in _walk(model):
-        _write(chosen.module, chosen.name.rpartition(".")[2])
+    for module, name, _ in _walk(model):
+        _write(module, name)
 
 
 def bind(module: nn.Module, name: str) -> None:
-    """Tie the leaf of `module`'s parameter `name` to its weight; again after a copy, which loses attributes and hooks."""
+    """Tie the leaf of `module`'s parameter `name` to its weight (again after a copy: it loses attributes and hooks)."""
     weight, values = getattr(module, name), getattr(module, _stem(name) + "values")
     values._sparseft_owner = (module, name)
-    if not isinstance(module, _Sparse) and not _gather_hooks(weight):
+    computed_sparsely = isinstance(module, _Sparse) and name == "weight"
+    if not computed_sparsely and not _gather_hooks(weight):
         weight.register_post_accumulate_grad_hook(_Gather(module, name))
 
 
 def gather_grad_(chosen: Selected) -> None:
     """Move the selected entries of the weight's dense gradient to the leaf's gradient, and free the dense one."""
+    if chosen.weight.grad.is_sparse:
+        raise TypeError("sparse gradients are not supported: give the embedding sparse=False")
     gathered = chosen.pattern.gather(chosen.weight.grad).to(chosen.values.dtype)
     chosen.weight.grad = None
     chosen.values.grad = gathered if chosen.values.grad is None else chosen.values.grad.add_(gathered)
+
+
+def refresh_values(chosen: Selected) -> None:
+    """Take the values from a weight that was written; a finer master value that rounds to what it holds stays."""
+    now, values = chosen.pattern.gather(chosen.weight.detach()), chosen.values.data
+    values.copy_(torch.where(values.to(now.dtype) == now, values, now.to(values.dtype)))
 
 
 def leaf_of(weight: Tensor, pattern: Pattern) -> tuple[nn.Parameter, Tensor]:
@@ -186,23 +227,24 @@ def leaf_of(weight: Tensor, pattern: Pattern) -> tuple[nn.Parameter, Tensor]:
 
 
 def owner(leaf: nn.Parameter) -> Selected | None:
-    """The weight that a leaf belongs to (its `name` unqualified), None for any other parameter."""
+    """The weight that a leaf belongs to (without its `name`), None for any other parameter."""
     where = getattr(leaf, "_sparseft_owner", None)
-    return None if where is None else _describe(*where, where[1])
+    return None if where is None else _describe(*where)
 
 
-def _walk(model: nn.Module) -> Iterator[Selected]:
-    for prefix, module in model.named_modules():
+def _walk(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """(module, parameter name, qualified name) of every sparsified weight; mends what a copy lost."""
+    for prefix, module in plain(model).named_modules():
         for name in getattr(module, "_sparseft", ()):
             bind(module, name)
-            yield _describe(module, name, f"{prefix}.{name}" if prefix else name)
+            yield module, name, f"{prefix}.{name}" if prefix else name
 
 
-def _describe(module: nn.Module, name: str, qualified: str) -> Selected:
+def _describe(module: nn.Module, name: str, qualified: str = "") -> Selected:
     stem, weight = _stem(name), getattr(module, name)
-    tensors = (getattr(module, stem + tensor) for tensor in TENSORS)
-    pattern = Pattern(matrix_shape(weight.shape), module._sparseft[name]["tile"], *tensors)
-    return Selected(qualified, module, weight, getattr(module, stem + "values"), getattr(module, stem + "base"), pattern)
+    rows, cols, tiles, local = (getattr(module, stem + tensor) for tensor in TENSORS)
+    pattern = Pattern(matrix_shape(weight.shape), module._sparseft[name]["tile"], rows, cols, tiles, local)
+    return Selected(qualified, weight, getattr(module, stem + "values"), getattr(module, stem + "base"), pattern)
 
 
 def _stem(name: str) -> str:
@@ -221,6 +263,8 @@ def _uses(model: nn.Module) -> dict[nn.Parameter, int]:
 
 
 def _check(model: nn.Module, patterns: dict[str, Pattern], known: dict[str, nn.Parameter]) -> None:
+    if not isinstance(patterns, dict):
+        raise TypeError(f"patterns must be a dict of parameter name -> Pattern, got {type(patterns).__name__}")
     if not patterns:
         raise ValueError("patterns must name at least one weight, got an empty dict")
     if any(True for _ in _walk(model)):
@@ -228,17 +272,30 @@ def _check(model: nn.Module, patterns: dict[str, Pattern], known: dict[str, nn.P
     for name, pattern in patterns.items():
         if name not in known:
             raise ValueError(f"patterns: the model has no parameter {name!r} (tied weights go by their first name)")
+        if not isinstance(pattern, Pattern):
+            raise TypeError(f"patterns[{name!r}] must be a Pattern, got {type(pattern).__name__}")
         weight = known[name]
+        try:
+            pattern.validate()
+        except ValueError as error:
+            raise ValueError(f"patterns[{name!r}]: {error}") from error
+        if weight.is_meta:
+            raise ValueError(f"patterns[{name!r}]: the weight is on the meta device, it has no values yet")
         if not weight.is_floating_point() or not weight.is_contiguous():
             raise ValueError(f"patterns[{name!r}]: the weight must be floating point and contiguous, "
                              f"got {weight.dtype}, strides {weight.stride()}")  # fmt: skip
         if matrix_shape(weight.shape) != pattern.shape:
             raise ValueError(f"patterns[{name!r}] is for shape {pattern.shape}, got a weight of {tuple(weight.shape)}")
+        module_name, _, leaf = name.rpartition(".")
+        for attribute in (*TENSORS, "base", "values"):
+            if hasattr(model.get_submodule(module_name), _stem(leaf) + attribute):
+                raise ValueError(f"patterns[{name!r}]: its module has an attribute {_stem(leaf) + attribute!r} already")
 
 
-def _attach(module: nn.Module, name: str, pattern: Pattern, uses: dict[nn.Parameter, int]) -> None:
+def _attach(
+    module: nn.Module, name: str, pattern: Pattern, values: nn.Parameter, base: Tensor, uses: dict[nn.Parameter, int]
+) -> None:
     weight, stem = getattr(module, name), _stem(name)
-    values, base = leaf_of(weight, pattern)
     for tensor in TENSORS:
         module.register_buffer(stem + tensor, getattr(pattern, tensor), persistent=False)
     module.register_buffer(stem + "base", base, persistent=False)
@@ -255,6 +312,8 @@ def _attach(module: nn.Module, name: str, pattern: Pattern, uses: dict[nn.Parame
         module.register_load_state_dict_pre_hook(partial(_not_missing, stem + "values")),
         module.register_load_state_dict_post_hook(partial(_refresh, name)),
     ]
+    if sparse_class is None:  # a copy's parameters have lost their hooks, its modules have not
+        handles.append(module.register_forward_pre_hook(partial(_bind_again, name)))
     module._sparseft[name] = {"tile": pattern.tile, "handles": handles}
     bind(module, name)
     _install_write_back()
@@ -278,7 +337,7 @@ class _Gather:
         self.module, self.name = module, name
 
     def __call__(self, weight: nn.Parameter) -> None:
-        gather_grad_(_describe(self.module, self.name, self.name))
+        gather_grad_(_describe(self.module, self.name))
 
 
 def _gather_hooks(weight: nn.Parameter) -> list[int]:
@@ -293,17 +352,22 @@ def _leave_out(leaf: str, module: nn.Module, state_dict: dict, prefix: str, loca
 
 def _not_missing(leaf: str, module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
     """... and a plain model's state_dict lacks nothing."""
-    state_dict[prefix + leaf] = getattr(module, leaf).data
+    state_dict[prefix + leaf] = getattr(module, leaf)  # itself: with assign=True it stays the optimizer's leaf
+
+
+def _bind_again(name: str, module: nn.Module, inputs: tuple) -> None:
+    if not torch.compiler.is_compiling():
+        bind(module, name)
 
 
 def _refresh(name: str, module: nn.Module, incompatible_keys: object) -> None:
     """Loaded weights become the leaf's values."""
-    chosen = _describe(module, name, name)
-    chosen.values.data.copy_(chosen.pattern.gather(chosen.weight.detach()))
+    bind(module, name)  # assign=True brings a new weight, without hooks
+    refresh_values(_describe(module, name))
 
 
 def _write(module: nn.Module, name: str) -> None:
-    chosen = _describe(module, name, name)
+    chosen = _describe(module, name)
     with torch.no_grad():
         scatter_delta_(chosen.weight, chosen.values, chosen.pattern, "copy")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparseft import backend
 from sparseft.pattern import Layout, Pattern
-from sparseft.reference import decode
+from sparseft.reference import COL0, ENTRY0, ENTRY1, ROW0
 
 # (an argument named "mode" would collide with one inside torch.compile: hence write_mode)
 _ENTRIES = "Tensor rows, Tensor cols, Tensor tiles, Tensor local, SymInt[2] tile"
@@ -98,14 +98,27 @@ def _masked_grad_setup(ctx, inputs, output):
 
 
 def _masked_grad_backward(ctx, grad):
-    """Both operands see the sparse matrix S[row(s), col(s)] = grad[s]: d grad_out = input S^T, d input = grad_out S."""
+    """With the sparse matrix S[row(s), col(s)] = grad[s]: d grad_out = input S^T, d input = grad_out S."""
     grad_out, input, rows, cols, tiles, local = ctx.saved_tensors
-    entry, _, row, col = decode(rows, cols, tiles, local, ctx.tile, local.shape[0])
-    shape = (grad_out.shape[1], input.shape[1])
-    dense = grad.new_zeros(shape).index_put((row, col), grad[entry]).to(grad_out.dtype)
+    row, col, listed = _places(rows, cols, tiles, local, ctx.tile)
+    dense = grad.new_zeros(grad_out.shape[1], input.shape[1])
+    dense = dense.index_put((row, col), grad * listed, accumulate=True).to(grad_out.dtype)
     d_grad_out = input @ dense.T if ctx.needs_input_grad[0] else None
     d_input = grad_out @ dense if ctx.needs_input_grad[1] else None
     return d_grad_out, d_input, None, None, None, None, None
+
+
+def _places(rows, cols, tiles, local, tile):
+    """Row and column of all k entries and whether an (ascending) worklist has them, in shapes that are known."""
+    entry = torch.arange(local.shape[0], device=local.device)
+    tiles = torch.cat([tiles, tiles.new_zeros(1, tiles.shape[1])])  # for the entries behind the last tile
+    owner = torch.searchsorted(tiles[:-1, ENTRY1].contiguous(), entry, right=True)
+    mine = tiles[owner]
+    listed = (entry >= mine[:, ENTRY0]) & (entry < mine[:, ENTRY1])
+    position = local.long() & 0xFFFF
+    row = torch.where(listed, mine[:, ROW0] + position // tile[1], 0)
+    col = torch.where(listed, mine[:, COL0] + position % tile[1], 0)
+    return row if rows is None else rows[row].long(), col if cols is None else cols[col].long(), listed
 
 
 torch.library.register_autograd("sparseft::masked_grad", _masked_grad_backward, setup_context=_masked_grad_setup)
@@ -252,7 +265,8 @@ def select_topk(
     if not 0 <= k <= n:
         raise ValueError(f"k must lie in [0, {n}], got {k}")
     expected = [tuple(s.shape) for s in several] if score == "product" else []
-    _expect([tuple(o.shape) for o in second] == expected, "others", f"shapes {expected}", [tuple(o.shape) for o in second])
+    shapes = [tuple(o.shape) for o in second]
+    _expect(shapes == expected, "others", f"shapes {expected}", shapes)
     for name, tensors in (("scores", several), ("others", second)):
         for tensor in tensors:
             _expect_dtype(name, tensor, (several[0].dtype,))

@@ -1,20 +1,19 @@
 """SparseAdamW: AdamW whose parameters are the selected entries, with two doors (see the class)."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparseft.dropin import FirstBackward
-from sparseft.layers import Selected, owner, selected
-from sparseft.ops import sparse_adamw_
-from sparseft.pattern import TENSORS, Pattern, pack
-from sparseft.reference import LAYER
+from sparseft.arena import Arena
+from sparseft.dropin import FirstBackward, free_others
+from sparseft.layers import Selected, owner, plain, selected
+from sparseft.ops import scatter_delta_
+from sparseft.pattern import TENSORS, Pattern, matrix_shape
 from sparseft.selection import eligible
-
-STATE = ("exp_avg", "exp_avg_sq")
 
 
 class SparseAdamW(Optimizer):
@@ -24,8 +23,8 @@ class SparseAdamW(Optimizer):
     model, whose dense weight gradients never exist. Drop-in door: `SparseAdamW(model.parameters(), density=0.01)`
     on an untouched model: the first backward selects; from then on `param_groups` hold one leaf per selected
     weight, and each dense gradient is gathered and freed inside backward. In this door bare parameters are
-    eligible from two dimensions on (pass the model, or `model.named_parameters()`, to leave embeddings and
-    the output head out by name); `step` clears the gathered gradients; to clip, pass the leaves in `param_groups`.
+    eligible from two dimensions on (pass the model to leave embeddings and the output head out); frozen parameters
+    are not; `step` clears the gathered gradients; to clip, pass the leaves in `param_groups`.
 
     Moments and master values are fp32 (fp64 for fp64 weights) whatever the weights' dtype; bias correction goes
     by each entry's own age.
@@ -38,7 +37,7 @@ class SparseAdamW(Optimizer):
         decay_to: "pretrained" pulls towards the values before training, "zero" is the classic decay.
         density: share of the eligible weights to select (drop-in door only).
         criterion: "grad" (|g|) or "taylor" (|w * g|). `allocation`: "global" or "layer". `tile`: tile shape.
-        include, exclude: globs on parameter names, as in `sparseft.select`.
+        include, exclude: globs on parameter names, as in `sparseft.select`; only with a model as `params`.
         on_nonfinite: "skip" leaves everything as it is and counts in `skipped_steps`; "raise" raises.
 
     Raises:
@@ -47,11 +46,14 @@ class SparseAdamW(Optimizer):
     """
 
     writes_weights = True  # no write-back hook needed after its step
+    # GradScaler then calls `step` also after an overflow, with the attributes `grad_scale` and `found_inf`: a skipped
+    # step is counted, and the drop-in door's gradients are cleared
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
-        lr: float | Tensor = 5e-3,
+        lr: float | Tensor = 2e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
@@ -72,19 +74,26 @@ class SparseAdamW(Optimizer):
             raise ValueError(f"density must lie in (0, 1], got {density}")
         self.on_nonfinite = on_nonfinite
         self._skipped = torch.zeros((), dtype=torch.int64)
-        self._arenas: list[_Arena] = []
+        self._arenas: list[Arena] = []
         self._chosen: dict[nn.Parameter, Selected] = {}  # drop-in door: leaf -> its weight
         self._waiting: FirstBackward | None = None
         self._drop_in = density is not None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decay_to": decay_to,
                     "maximize": maximize}  # fmt: skip
+        if not self._drop_in and not (include is None and exclude is None):
+            raise ValueError("include / exclude: what trains was chosen by sparsify; they go with density=")
         super().__init__(_as_params(params, include, exclude, drop_in=self._drop_in), defaults)
         if density is not None:
             weights = [(number, p) for number, group in enumerate(self.param_groups) for p in group["params"]]
             self._waiting = FirstBackward(weights, density, criterion, allocation, tile, self._adopt)
+            if isinstance(params, nn.Module):
+                free_others(params, [p for _, p in weights])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; checks this group's options, and that its parameters are leaves (lean door)."""
+        """As in torch (lean door only); checks this group's options, and that its parameters are leaves."""
+        if self._waiting is not None or self._chosen:
+            raise ValueError("param_group: in the drop-in door all parameters take part in the selection; pass them to "
+                             "the constructor")  # fmt: skip
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
@@ -93,11 +102,12 @@ class SparseAdamW(Optimizer):
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        if not float(group["lr"]) >= 0:
-            raise ValueError(f"lr must be >= 0, got {group['lr']}")
-        for name, beta in zip(("betas[0]", "betas[1]"), group["betas"], strict=True):
-            if not 0 <= beta < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {beta}")
+        lr = group["lr"]
+        if (isinstance(lr, Tensor) and lr.numel() != 1) or not float(lr) >= 0:
+            raise ValueError(f"lr must be one number >= 0, got {lr}")
+        betas = group["betas"]
+        if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
         for name in ("eps", "weight_decay"):
             if not group[name] >= 0:
                 raise ValueError(f"{name} must be >= 0, got {group[name]}")
@@ -105,11 +115,17 @@ class SparseAdamW(Optimizer):
             raise ValueError(f"decay_to must be 'pretrained' or 'zero', got {group['decay_to']!r}")
         if not self._drop_in:
             for p in group["params"]:
-                if self._selected(p) is None:
+                if self._find(p) is None:
                     raise ValueError(
                         f"params: a parameter of shape {tuple(p.shape)} has no selected entries; sparsify the model "
                         "first and pass the model or sparseft.parameters(model), or give density= (drop-in door)"
                     )
+
+    def selected(self, model: nn.Module) -> dict[str, Selected]:
+        """The selected weights that this optimizer trains, by their names in `model`, in its order."""
+        mine = [self._find(leaf) for group in self.param_groups for leaf in group["params"]]
+        by_weight = {chosen.weight: chosen for chosen in mine if chosen is not None}
+        return {name: replace(by_weight[p], name=name) for name, p in plain(model).named_parameters() if p in by_weight}
 
     @property
     def skipped_steps(self) -> int:
@@ -124,21 +140,36 @@ class SparseAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._waiting is not None and self._waiting.found_nonfinite():
-            self._skip(True)
+            self._skip(True, expected=hasattr(self, "found_inf"))
         work = [(arena, tiles) for arena in self._current_arenas() if (tiles := arena.collect()) is not None]
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        overflow: Tensor | None = getattr(self, "found_inf", None)
         bad = [arena.nonfinite() for arena, _ in work]
         if bad:
             found = torch.stack([b.to(bad[0].device) for b in bad]).amax()
-            self._skip(found)
+            if overflow is not None:
+                found = torch.maximum(found, overflow.to(found))
+            self._skip(found, expected=overflow is not None)
             for arena, tiles in work:
-                arena.step(tiles, found.to(arena.grad.device))
-        if self._drop_in:  # the model's own zero_grad does not reach these leaves
-            for leaf in self._chosen:
-                leaf.grad = None
+                device = arena.grad.device
+                factor = None if scale is None else scale.reciprocal().to(device, torch.float32)
+                arena.step(tiles, found.to(device), factor)
+        self._clear()
         return loss
 
-    def _skip(self, found: Tensor | bool) -> None:
-        if self.on_nonfinite == "raise" and bool(found):
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "a SparseAdamW is bound to its model's tensors and cannot be copied or pickled; use state_dict()"
+        )
+
+    def _clear(self) -> None:
+        for leaf in self._chosen:  # drop-in door: the model's own zero_grad does not reach these leaves
+            leaf.grad = None
+
+    def _skip(self, found: Tensor | bool, expected: bool) -> None:
+        """Count a step that is left out, or raise; a GradScaler's overflows are expected."""
+        if self.on_nonfinite == "raise" and not expected and bool(found):
+            self._clear()
             raise FloatingPointError("a gradient is NaN or Inf; no weight was changed")
         found = torch.as_tensor(found)
         self._skipped = self._skipped.to(found.device) + found.long()  # counted on the device: no synchronisation
@@ -150,13 +181,14 @@ class SparseAdamW(Optimizer):
         state = super().state_dict()
         leaves = [leaf for group in self.param_groups for leaf in group["params"]]
         state["sparse"] = {number: _pack_leaf(self._selected(leaf), self._position(leaf), self.state.get(leaf, {}))
-                           for number, leaf in enumerate(leaves) if self._selected(leaf) is not None}  # fmt: skip
-        for per_leaf in state["state"].values():
-            per_leaf.pop("born", None)
+                           for number, leaf in enumerate(leaves) if self._find(leaf) is not None}  # fmt: skip
+        state["state"] = {number: {key: value for key, value in per_leaf.items() if key != "born"}
+                          for number, per_leaf in state["state"].items()}  # fmt: skip
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict()`; in the drop-in door this also restores the selection.
+        """Continue from `state_dict()`: also its selection (drop-in door), its base values and its masters, which are
+        written to the weights.
 
         Raises:
             ValueError: it is not from a SparseAdamW, or for other patterns than this optimizer's.
@@ -165,31 +197,42 @@ class SparseAdamW(Optimizer):
             raise ValueError("state_dict has no 'sparse' part: it is not from a SparseAdamW")
         saved: dict[int, dict[str, Any]] = state_dict["sparse"]
         if self._waiting is not None and saved:
-            self._restore_selection(saved)
+            self._restore_selection(
+                self._waiting, saved, [len(group["params"]) for group in state_dict["param_groups"]]
+            )
         leaves = [leaf for group in self.param_groups for leaf in group["params"]]
         for number, entry in saved.items():
-            chosen = self._selected(leaves[number]) if number < len(leaves) else None
+            chosen = self._find(leaves[number]) if number < len(leaves) else None
             if chosen is None or chosen.pattern.digest != entry["digest"]:
                 raise ValueError(f"state_dict: leaf {number} was saved for another pattern than this optimizer's")
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "sparse"})
         with torch.no_grad():
             for number, entry in saved.items():
                 leaf = leaves[number]
+                chosen = self._selected(leaf)
                 leaf.copy_(entry["values"])
+                chosen.base.copy_(entry["base"])
+                scatter_delta_(chosen.weight, leaf, chosen.pattern, "copy")
                 if "step" in self.state[leaf]:
                     self.state[leaf]["step"] = self.state[leaf]["step"].to(leaf.device, torch.int64)
                 if entry["born"] is not None:
                     self.state[leaf]["born"] = entry["born"].to(leaf.device, torch.int32)
         self._arenas = []
 
-    def _selected(self, leaf: nn.Parameter) -> Selected | None:
+    def _find(self, leaf: nn.Parameter) -> Selected | None:
         return self._chosen.get(leaf) or owner(leaf)
+
+    def _selected(self, leaf: nn.Parameter) -> Selected:
+        chosen = self._find(leaf)
+        if chosen is None:
+            raise RuntimeError("a parameter of this optimizer is no longer part of a sparsified model (densify?)")
+        return chosen
 
     def _position(self, leaf: nn.Parameter) -> int | None:
         """Drop-in door: which of the parameters given to the constructor the leaf belongs to."""
         return self._numbers.get(leaf) if self._drop_in else None
 
-    def _current_arenas(self) -> list["_Arena"]:
+    def _current_arenas(self) -> list[Arena]:
         """The arenas, rebuilt where leaves were added, moved or loaded since the last step."""
         if self._waiting is not None:
             return []
@@ -199,7 +242,7 @@ class SparseAdamW(Optimizer):
             self._arenas = self._build_arenas()
         return self._arenas
 
-    def _build_arenas(self) -> list["_Arena"]:
+    def _build_arenas(self) -> list[Arena]:
         arenas = []
         for group in self.param_groups:
             buckets: dict[tuple, list[Selected]] = {}
@@ -207,7 +250,7 @@ class SparseAdamW(Optimizer):
                 chosen = self._selected(leaf)
                 key = (chosen.weight.device, chosen.weight.dtype, chosen.pattern.tile)
                 buckets.setdefault(key, []).append(chosen)
-            arenas += [_Arena(group, chosen, self.state) for chosen in buckets.values()]
+            arenas += [Arena(group, chosen, self.state) for chosen in buckets.values()]
         return arenas
 
     def _adopt(self, chosen: list[tuple[int, int, Selected]]) -> None:
@@ -222,78 +265,22 @@ class SparseAdamW(Optimizer):
             self._chosen[entry.values] = entry
             self._numbers[entry.values] = number
 
-    def _restore_selection(self, saved: dict[int, dict[str, Any]]) -> None:
-        patterns = {}
+    def _restore_selection(self, waiting: FirstBackward, saved: dict[int, dict[str, Any]], sizes: list[int]) -> None:
+        patterns: dict[int, tuple[Pattern, Tensor]] = {}
+        weights = waiting.weights
         for entry in saved.values():
             tensors = entry["pattern"]
             pattern = Pattern(tuple(tensors["shape"]), tuple(tensors["tile"]), *(tensors[name] for name in TENSORS))
-            patterns[entry["number"]] = (pattern.validate(), entry["base"])
-        self._waiting.restore(patterns)
-
-
-class _Arena:
-    """The flat buffers of one param group's leaves (one device, dtype and tile shape); a leaf is a slice."""
-
-    def __init__(self, group: dict[str, Any], chosen: list[Selected], state: dict[nn.Parameter, dict[str, Any]]):
-        self.group, self.leaves = group, [c.values for c in chosen]
-        self.weights = [c.weight for c in chosen]
-        self.layout = pack([c.pattern for c in chosen])
-        self.base = torch.cat([c.base for c in chosen])
-        self.values = torch.cat([leaf.detach() for leaf in self.leaves])
-        self.grad = torch.zeros_like(self.values)
-        self.buffers = {name: _joined(self.leaves, state, name) for name in STATE}
-        self.steps = torch.stack([state[leaf].get("step", leaf.new_zeros((), dtype=torch.int64)) for leaf in self.leaves])
-        self.born = _joined(self.leaves, state, "born") if any("born" in state[leaf] for leaf in self.leaves) else None
-        self._tiles: dict[tuple[bool, ...], Tensor] = {}
-        self._attach(state)
-
-    def _attach(self, state: dict[nn.Parameter, dict[str, Any]]) -> None:
-        self._addresses = []
-        start = 0
-        for number, leaf in enumerate(self.leaves):
-            part = slice(start, start + len(leaf))
-            leaf.data = self.values[part]
-            state[leaf]["step"] = self.steps[number]
-            for name, buffer in self.buffers.items():
-                state[leaf][name] = buffer[part]
-            if self.born is not None:
-                state[leaf]["born"] = self.born[part]
-            self._addresses.append((leaf.data_ptr(), self.weights[number].data_ptr()))
-            start = part.stop
-
-    def attached(self) -> bool:
-        """Whether every leaf and weight still lies where the arena put or found it."""
-        now = [(leaf.data_ptr(), weight.data_ptr()) for leaf, weight in zip(self.leaves, self.weights, strict=True)]
-        return now == self._addresses
-
-    def collect(self) -> Tensor | None:
-        """Copy the leaves' gradients in; the worklist of the layers that have one, None if none has."""
-        have = tuple(leaf.grad is not None for leaf in self.leaves)
-        if not any(have):
-            return None
-        parts = self.grad.split([len(leaf) for leaf in self.leaves])
-        pairs = [(part, leaf.grad) for part, leaf in zip(parts, self.leaves, strict=True) if leaf.grad is not None]
-        torch._foreach_copy_([part for part, _ in pairs], [grad for _, grad in pairs])
-        if have not in self._tiles:
-            mask = torch.tensor(have, device=self.layout.tiles.device)
-            self._tiles = {have: self.layout.tiles[mask[self.layout.tiles[:, LAYER]]]}
-        self._having = torch.tensor(have, device=self.steps.device)
-        return self._tiles[have]
-
-    def nonfinite(self) -> Tensor:
-        """0-dim fp32: 1 if a collected gradient is NaN or Inf."""
-        return torch.stack([~torch.isfinite(leaf.grad).all() for leaf in self.leaves if leaf.grad is not None]).any().float()
-
-    def step(self, tiles: Tensor, found_inf: Tensor) -> None:
-        group = self.group
-        self.steps += self._having * (found_inf == 0)
-        lr = group["lr"] if isinstance(group["lr"], Tensor) else torch.tensor(group["lr"], dtype=torch.float64)
-        sparse_adamw_(
-            self.weights, self.values, self.grad, *self.buffers.values(), self.layout._replace(tiles=tiles),
-            step=self.steps, lr=lr, betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
-            base=self.base if group["decay_to"] == "pretrained" else None, born=self.born,
-            maximize=group["maximize"], found_inf=found_inf,
-        )  # fmt: skip
+            number = entry["number"]
+            if number is None or number >= len(weights) or pattern.shape != matrix_shape(weights[number][1].shape):
+                raise ValueError(
+                    f"state_dict: its parameter {number} of shape {pattern.shape} is none of this optimizer's"
+                )
+            patterns[number] = pattern.validate(), entry["base"]
+        mine = [sum(weights[number][0] == group for number in patterns) for group in range(len(self.param_groups))]
+        if sizes != mine:
+            raise ValueError(f"state_dict: param groups of {sizes} leaves, for this optimizer expected {mine}")
+        waiting.restore(patterns)
 
 
 def _as_params(params: Any, include: Any, exclude: Any, drop_in: bool) -> list[Any]:
@@ -304,35 +291,33 @@ def _as_params(params: Any, include: Any, exclude: Any, drop_in: bool) -> list[A
             raise ValueError("density: this model is sparsified already; leave density out, or densify it first")
         if not drop_in and not leaves:
             raise ValueError("params: this model has no selected entries; sparsify it first, or give density=")
-        return list(eligible(params, include, exclude).items()) if drop_in else leaves
+        if drop_in:
+            return _some([(name, p) for name, p in eligible(params, include, exclude).items() if p.requires_grad])
+        return leaves
+    if include is not None or exclude is not None:
+        raise ValueError("include / exclude go by name: pass the model as params")
     if isinstance(params, Tensor):
-        raise TypeError(f"params must be a model or an iterable of parameters, got a tensor of shape {tuple(params.shape)}")
+        raise TypeError(
+            f"params must be a model or an iterable of parameters, got a tensor of shape {tuple(params.shape)}"
+        )
     given = list(params)
     if given and isinstance(given[0], dict):
-        return [{**group, "params": _keep(list(group["params"]), include, exclude, drop_in)} for group in given]
-    return _keep(given, include, exclude, drop_in)
+        return [{**group, "params": _trainable(group["params"], drop_in)} for group in given]
+    return _trainable(given, drop_in)
 
 
-def _keep(given: list[Any], include: Any, exclude: Any, drop_in: bool) -> list[Any]:
-    named = bool(given) and isinstance(given[0], tuple)
-    if not drop_in:  # a sparsified model's frozen parameters may come along with its leaves
-        kept = [p for p in given if (p[1] if named else p).requires_grad]
-    elif named:
-        kept = list(eligible(dict(given), include, exclude).items())
-    else:
-        if include is not None or exclude is not None:
-            raise ValueError("include / exclude go by name: pass the model or model.named_parameters()")
-        kept = [p for p in given if p.requires_grad and p.dim() >= 2]
+def _trainable(given: Any, drop_in: bool) -> list[Any]:
+    """Without what is frozen (a sparsified model's other parameters may come along with its leaves)."""
+    given = [given] if isinstance(given, Tensor) else list(given)
+    dimensions = 2 if drop_in else 0
+    bare = [p[1] if isinstance(p, tuple) else p for p in given]  # torch takes (name, parameter) too
+    return _some([g for g, p in zip(given, bare, strict=True) if p.requires_grad and p.dim() >= dimensions])
+
+
+def _some(kept: list[Any]) -> list[Any]:
     if not kept:
         raise ValueError("params: no parameter is left to train")
     return kept
-
-
-def _joined(leaves: list[nn.Parameter], state: dict[nn.Parameter, dict[str, Any]], name: str) -> Tensor:
-    """One flat buffer of the leaves' states, zeros where a leaf has none yet."""
-    dtype = torch.int32 if name == "born" else leaves[0].dtype
-    parts = [state[leaf].get(name, torch.zeros_like(leaf, dtype=dtype)) for leaf in leaves]
-    return torch.cat([part.detach().to(leaf.device, dtype) for part, leaf in zip(parts, leaves, strict=True)])
 
 
 def _pack_leaf(chosen: Selected, number: int | None, state: dict[str, Any]) -> dict[str, Any]:

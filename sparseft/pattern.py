@@ -74,12 +74,16 @@ class Pattern:
             ValueError: a position is out of range or repeated, the tile is too large, an order misses a row.
         """
         rows_n, cols_n = matrix_shape(shape)
-        _check_tile(tile)
+        check_tile(tile)
         if indices.dtype != torch.int64 or indices.dim() != 1:
             raise TypeError(f"indices must be a 1-D int64 tensor, got {indices.dim()}-D {indices.dtype}")
         if len(indices) and not (0 <= int(indices.min()) and int(indices.max()) < rows_n * cols_n):
             bad = indices[(indices < 0) | (indices >= rows_n * cols_n)][0]
             raise ValueError(f"indices must lie in [0, {rows_n * cols_n}) for shape {tuple(shape)}, got {int(bad)}")
+        if mass is not None and mass.shape != indices.shape:
+            raise ValueError(
+                f"mass must have one value per index, shape {tuple(indices.shape)}, got {tuple(mass.shape)}"
+            )
         row, col = indices // cols_n, indices % cols_n
         weight = torch.ones(len(indices), device=indices.device) if mass is None else mass
         row_order = _by_mass(row, weight, rows_n) if row_order is None else row_order
@@ -113,6 +117,8 @@ class Pattern:
         """Build from a boolean mask of the weight's shape; `mass` (same shape) orders rows and columns."""
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be a bool tensor, got {mask.dtype}")
+        if mass is not None and mass.shape != mask.shape:
+            raise ValueError(f"mass must have the mask's shape {tuple(mask.shape)}, got {tuple(mass.shape)}")
         indices = mask.reshape(-1).nonzero().squeeze(1)
         picked = None if mass is None else mass.reshape(-1)[indices]
         return cls.from_indices(indices, mask.shape, tile=tile, mass=picked)
@@ -143,7 +149,9 @@ class Pattern:
         return mask.view(self.shape)
 
     def gather(self, weight: Tensor) -> Tensor:
-        """[k], a copy: the selected entries of a tensor with the weight's shape."""
+        """[k], a copy: the selected entries of a tensor with the weight's shape (ValueError for another shape)."""
+        if matrix_shape(weight.shape) != self.shape:
+            raise ValueError(f"weight must have shape {self.shape}, got {tuple(weight.shape)}")
         return weight.reshape(-1)[self.indices()]
 
     def to(self, device: torch.device | str) -> "Pattern":
@@ -156,7 +164,7 @@ class Pattern:
         Raises:
             ValueError: naming the field, the first bad element and what was expected.
         """
-        _check_tile(self.tile)
+        check_tile(self.tile)
         for name, dtype, dim in (("rows", torch.int32, 1), ("cols", torch.int32, 1), ("tiles", torch.int64, 2),
                                  ("local", torch.int16, 1)):  # fmt: skip
             tensor = getattr(self, name)
@@ -167,8 +175,7 @@ class Pattern:
         for name, size in zip(("rows", "cols"), self.shape, strict=True):
             order = getattr(self, name)
             _first_bad(f"Pattern.{name}", (order < 0) | (order >= size), order, f"an index in [0, {size})")
-            repeated = torch.bincount(order.long(), minlength=size)[order.long()] > 1 if len(order) else order > 0
-            _first_bad(f"Pattern.{name}", repeated, order, "every index once")
+            _first_bad(f"Pattern.{name}", _repeats(order), order, "every index once")
         row0, col0, first, last = (self.tiles[:, i] for i in (ROW0, COL0, ENTRY0, ENTRY1))
         _first_bad("Pattern.tiles LAYER", self.tiles[:, LAYER] != 0, self.tiles[:, LAYER], "0")
         for name, start, step, size in (("ROW0", row0, self.tile[0], len(self.rows)),
@@ -191,14 +198,16 @@ class Pattern:
         owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
         r, c = row0[owner] + position // self.tile[1], col0[owner] + position % self.tile[1]
         bad = (position >= self.tile[0] * self.tile[1]) | (r >= len(self.rows)) | (c >= len(self.cols))
-        _first_bad("Pattern.local", bad, position, f"a position inside tile {self.tile} and the active rows and columns")
+        inside = f"a position inside tile {self.tile} and the active rows and columns"
+        _first_bad("Pattern.local", bad, position, inside)
         falls = (owner[1:] == owner[:-1]) & (position[1:] <= position[:-1])
         _first_bad("Pattern.local", falls, position[1:], "ascending positions inside a tile")
 
     @cached_property
     def digest(self) -> str:
         """sha256 (hex) of shape, tile and all four tensors: two patterns are equal when their digests are."""
-        state = hashlib.sha256(json.dumps([FORMAT, self.shape, self.tile]).encode())
+        lengths = [len(getattr(self, name)) for name in TENSORS]
+        state = hashlib.sha256(json.dumps([FORMAT, self.shape, self.tile, lengths]).encode())
         for name in TENSORS:
             state.update(getattr(self, name).cpu().contiguous().numpy().tobytes())
         return state.hexdigest()
@@ -230,10 +239,21 @@ class Pattern:
                 tensors = [file.get_tensor(name) for name in TENSORS]
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable pattern file: {error}") from error
-        pattern = cls(tuple(json.loads(header["shape"])), tuple(json.loads(header["tile"])), *tensors).validate()
+        shape, tile = (_pair(header, name, path) for name in ("shape", "tile"))
+        pattern = cls(shape, tile, *tensors).validate()
         if pattern.digest != header.get("digest"):
             raise ValueError(f"{path}: content does not match its digest; the file was changed or damaged")
         return pattern
+
+
+def _pair(header: dict[str, str], name: str, path: str | Path) -> tuple[int, int]:
+    try:
+        first, second = json.loads(header[name])
+        if type(first) is type(second) is int and min(first, second) >= 0:
+            return first, second
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise ValueError(f"{path}: header field {name!r} must be two sizes, got {header.get(name)!r}")
 
 
 def pack(patterns: Sequence[Pattern]) -> Layout:
@@ -263,9 +283,10 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     return n, int(last)
 
 
-def _check_tile(tile: Sequence[int]) -> None:
-    if len(tile) != 2 or min(tile) < 1 or tile[0] * tile[1] > MAX_TILE:
-        raise ValueError(f"tile must be two positive sizes with at most {MAX_TILE} positions, got {tuple(tile)}")
+def check_tile(tile: Sequence[int]) -> None:
+    sizes = isinstance(tile, Sequence) and len(tile) == 2 and all(type(size) is int for size in tile)
+    if not sizes or min(tile) < 1 or tile[0] * tile[1] > MAX_TILE:
+        raise ValueError(f"tile must be two positive sizes with at most {MAX_TILE} positions, got {tile!r}")
 
 
 def _by_mass(index: Tensor, mass: Tensor, size: int) -> Tensor:
@@ -289,6 +310,14 @@ def _place(index: Tensor, order: Tensor, size: int, name: str) -> Tensor:
     if bool((place < 0).any()):
         raise ValueError(f"{name} must hold every active index, {int(index[place < 0][0])} is missing")
     return place
+
+
+def _repeats(order: Tensor) -> Tensor:
+    """bool: which elements equal an earlier one."""
+    found, at = torch.sort(order, stable=True)
+    repeated = torch.zeros_like(order, dtype=torch.bool)
+    repeated[at[1:]] = found[1:] == found[:-1]
+    return repeated
 
 
 def _first_bad(what: str, bad: Tensor, values: Tensor, expected: str) -> None:

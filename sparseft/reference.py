@@ -11,22 +11,22 @@ All four take the same description of the selected entries (see `pattern.py`):
 A worklist may be any subset of the tiles: entries of absent tiles are neither read nor written.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 LAYER, ROW0, COL0, ENTRY0, ENTRY1 = range(5)
 
 
-def decode(rows: Tensor | None, cols: Tensor | None, tiles: Tensor, local: Tensor, tile: list[int], count=None):
+def decode(rows: Tensor | None, cols: Tensor | None, tiles: Tensor, local: Tensor, tile: Sequence[int]):
     """Entry numbers, layers, rows and columns (int64, [m] each) of the m entries in the worklist.
 
     With `rows` (or `cols`) None the operand is already compact: its own coordinate is the tile's.
-    `count` is m where the caller knows it (torch.compile cannot).
     """
     lengths = tiles[:, ENTRY1] - tiles[:, ENTRY0]
-    number = torch.arange(tiles.shape[0], device=tiles.device)
-    owner = torch.repeat_interleave(number, lengths, output_size=count)
-    offset = torch.arange(owner.shape[0], device=tiles.device) - (lengths.cumsum(0) - lengths)[owner]
+    owner = torch.repeat_interleave(torch.arange(len(tiles), device=tiles.device), lengths)
+    offset = torch.arange(len(owner), device=tiles.device) - (lengths.cumsum(0) - lengths)[owner]
     entry = tiles[owner, ENTRY0] + offset
     position = local[entry].long() & 0xFFFF
     row = tiles[owner, ROW0] + position // tile[1]

@@ -124,7 +124,10 @@ class Call {
     if (shared > (48 << 10)) {  // more than every device grants unasked
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
     }
-    kernel<<<static_cast<unsigned>(blocks), threads, shared, stream_> > >(arguments...);
+    // clang-format would split the >>>
+    // clang-format off
+    kernel<<<static_cast<unsigned>(blocks), threads, shared, stream_>>>(arguments...);
+    // clang-format on
     check(cudaGetLastError());
 #endif
   }

@@ -48,8 +48,9 @@ def test_every_barrier_wait_and_atomic_is_needed(emulator):
 FAULTS = {
     "swapped index": ("weights.cuh", "row * owner.cols + col", "col * owner.cols + row", "scatter_delta_"),
     "wrong tail mask": ("masked_grad.cu", "column >= 0 && t0 + t < depth", "column >= 0", "masked_grad_"),
-    "tail reads one line too many": ("masked_grad.cu", "t0 + t < depth ? operand.column",
-                                     "t0 + t <= depth ? operand.column", "masked_grad_"),
+    "tail reads one line too many": (
+        "masked_grad.cu", "t0 + t < depth ? operand.column", "t0 + t <= depth ? operand.column", "masked_grad_",
+    ),
     "32-bit offset of a weight": ("weights.cuh", "owner.data + row * owner.cols + col",
                                   "owner.data + static_cast<int32_t>(row * owner.cols + col)", "offsets_beyond_int32"),
     "32-bit offset of an operand": ("masked_grad.cu", "from.data[(t0 + i / pitch) * from.stride + column]",

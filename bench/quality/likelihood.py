@@ -1,0 +1,162 @@
+"""How likely each label is after its prompt: one row per question, the prompt and common beginnings computed once."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bench.quality.tasks import Item, Task
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A prompt and its labels as a tree of tokens: the prompt is the trunk, equal beginnings of labels share a branch.
+
+    Attributes:
+        tokens: one per node, parents before their children.
+        parents: the node before each; -1 for the first. `depths`: how many nodes come before each on its way.
+        labels: per label the nodes of its tokens.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    depths: list[int]
+    labels: list[list[int]]
+
+    @classmethod
+    def of(cls, prompt: Sequence[int], labels: Sequence[Sequence[int]]) -> "Tree":
+        """From token ids; the prompt must not be empty."""
+        size = len(prompt)
+        tokens, parents, depths = list(prompt), list(range(-1, size - 1)), list(range(size))
+        children: dict[tuple[int, int], int] = {}  # (node, token) -> node
+        paths = []
+        for label in labels:
+            node, path = size - 1, []
+            for token in label:
+                if (node, token) not in children:
+                    children[node, token] = len(tokens)
+                    tokens.append(token)
+                    parents.append(node)
+                    depths.append(depths[node] + 1)
+                node = children[node, token]
+                path.append(node)
+            paths.append(path)
+        return cls(tokens, parents, depths, paths)
+
+    def visible(self) -> Tensor:
+        """bool [n, n]: row i marks the nodes on the way to i, and i."""
+        seen = torch.eye(len(self.tokens), dtype=torch.bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                seen[node] |= seen[parent]
+        return seen
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside PEFT's wrapper, with the adapters still in it."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()
+
+
+def logits_at(model: nn.Module, where: Tensor, **inputs: Tensor) -> Tensor:
+    """[n, vocabulary]: the logits at the n marked positions of `where` (bool [B, T]), and no others.
+
+    The head gets a contiguous matrix: behind a frozen head PyTorch otherwise copies the whole weight for every row.
+    """
+    inner = language_model(model)
+    hidden = inner.base_model(use_cache=False, **inputs).last_hidden_state
+    return inner.get_output_embeddings()(hidden[where])
+
+
+def tree_inputs(trees: Sequence[Tree], pad: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """input_ids and position_ids [B, T] and the additive attention mask [B, 1, T, T]; padding sees itself alone."""
+    length = max(len(tree.tokens) for tree in trees)
+    ids = torch.full((len(trees), length), pad)
+    positions = torch.zeros(len(trees), length, dtype=torch.int64)
+    visible = torch.eye(length, dtype=torch.bool).repeat(len(trees), 1, 1, 1)
+    for row, tree in enumerate(trees):
+        n = len(tree.tokens)
+        ids[row, :n], positions[row, :n] = torch.tensor(tree.tokens), torch.tensor(tree.depths)
+        visible[row, 0, :n, :n] = tree.visible()
+    mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+    return {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
+
+
+@torch.inference_mode()
+def tree_likelihoods(model: nn.Module, trees: Sequence[Tree], pad: int) -> list[list[float]]:
+    """Per tree and label the summed log probability of the label's tokens after the prompt."""
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    inputs = {name: tensor.to(device) for name, tensor in tree_inputs(trees, pad, dtype).items()}
+    where = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    for row, tree in enumerate(trees):
+        where[row, [tree.parents[node] for path in tree.labels for node in path]] = True
+    logits = logits_at(model, where, **inputs)
+    number = (where.flatten().cumsum(0) - 1).view(where.shape).tolist()  # marked position -> its row of logits
+    nodes = [
+        (row, node) for row, tree in enumerate(trees) for node in sorted({n for path in tree.labels for n in path})
+    ]
+    rows = [number[row][trees[row].parents[node]] for row, node in nodes]
+    tokens = [trees[row].tokens[node] for row, node in nodes]
+    total = torch.cat([part.float().logsumexp(-1) for part in logits.split(256)])  # fp32 copies of a few rows
+    values = (logits[rows, tokens].float() - total[rows]).tolist()
+    log_probability = dict(zip(nodes, values, strict=True))
+    return [[sum(log_probability[row, n] for n in path) for path in tree.labels] for row, tree in enumerate(trees)]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model chose: `hits`, one per item, and `loss`, the mean negative log likelihood of the right labels."""
+
+    hits: list[bool]
+    loss: float
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.hits) / len(self.hits)
+
+
+def answer(
+    model: nn.Module, tokenizer, task: Task, items: Sequence[Item], *, tokens: int = 4096,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Answers:  # fmt: skip
+    """The most likely label of every item, by the task's rule.
+
+    Args:
+        tokens: a batch has at most so many, padding included; one row at least.
+    """
+    trees = [encode(tokenizer, item, ends=task.ends) for item in items]
+    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    was_training = model.training
+    model.eval()
+    hits, losses, done = [False] * len(items), [0.0] * len(items), 0
+    for batch in batches_by_length([len(tree.tokens) for tree in trees], tokens):
+        for number, sums in zip(batch, tree_likelihoods(model, [trees[i] for i in batch], pad), strict=True):
+            item = items[number]
+            scale = [len(label) if task.per_character else 1 for label in item.labels]
+            likelihoods = [s / n for s, n in zip(sums, scale, strict=True)]
+            hits[number] = max(range(len(sums)), key=likelihoods.__getitem__) == item.answer
+            losses[number] = -sums[item.answer]
+        done += len(batch)
+        if progress is not None:
+            progress(task.name, done, len(items))
+    model.train(was_training)
+    return Answers(hits, sum(losses) / len(losses))
+
+
+def encode(tokenizer, item: Item, *, ends: bool) -> Tree:
+    """The item's tree; with `ends` every label is followed by the end-of-text token."""
+    end = [tokenizer.eos_token_id] if ends else []
+    prompt = tokenizer(item.prompt, add_special_tokens=False).input_ids
+    return Tree.of(prompt, [tokenizer(label, add_special_tokens=False).input_ids + end for label in item.labels])
+
+
+def batches_by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Item numbers in batches of similar length, the longest first, none with more than `tokens` after padding."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches

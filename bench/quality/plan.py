@@ -1,0 +1,168 @@
+"""Which run comes next: tuning before testing, one seed of everything before the next, short runs before long ones."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from bench.quality.hypotheses import CLAIMS, HYPOTHESES, SMALL, UNTRAINED, Variant
+from bench.quality.store import Row
+
+FACTOR = 10**0.5  # between neighbouring rates
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a study is.
+
+    Attributes:
+        steps, batch: of a run. `tune_steps`: of a run that only compares rates.
+        rates: how many rates every variant starts with. `extensions`: how many more it may try where the best one
+            so far lies at the edge.
+        validation_rows, test_rows, other_rows, hellaswag_rows: questions asked at most; 0: all.
+        tasks: the first one is also that of the hypotheses.
+        claims: names of the variants. `hypotheses`: whether these are run.
+        time_of: variant whose CPU time the others get in the second comparison, at equal time; "" for none.
+    """
+
+    name: str
+    steps: int
+    batch: int
+    tune_steps: int
+    rates: int
+    extensions: int
+    validation_rows: int
+    test_rows: int
+    other_rows: int
+    hellaswag_rows: int
+    seeds: tuple[int, ...]
+    tasks: tuple[str, ...]
+    claims: tuple[str, ...]
+    hypotheses: bool
+    time_of: str
+
+
+FULL = Scale("full", steps=120, batch=16, tune_steps=60, rates=3, extensions=2, validation_rows=0, test_rows=0,
+             other_rows=400, hellaswag_rows=400, seeds=(0, 1, 2), tasks=("banking77", "arc_easy"),
+             claims=tuple(v.name for v in CLAIMS), hypotheses=True, time_of="lora-r8")  # fmt: skip
+SMALL_SCALE = Scale("small", steps=24, batch=8, tune_steps=12, rates=2, extensions=0, validation_rows=40, test_rows=100,
+                    other_rows=40, hellaswag_rows=40, seeds=(0,), tasks=("banking77", "arc_easy"),
+                    claims=SMALL, hypotheses=False, time_of="")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training with its evaluation.
+
+    Attributes:
+        role: "tune" (judged on the validation part, to choose the rate), "test" (equal steps), "time" (equal time:
+            `steps` follow from what was measured).
+    """
+
+    scale: Scale
+    variant: Variant
+    task: str
+    role: str
+    rate: float
+    seed: int
+    steps: int
+
+    @property
+    def key(self) -> str:
+        """Names the run by everything that decides its outcome, but for the steps where these are measured."""
+        steps = "measured" if self.role == "time" else self.steps
+        decides = [self.scale.name, self.scale.batch, self.variant.method, self.variant.options, self.task, self.role,
+                   text(self.rate), self.seed, steps]  # fmt: skip
+        digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]
+        return f"{self.task}:{self.variant.name}:{self.role}:{text(self.rate)}:{self.seed}:{digest}"
+
+
+def text(rate: float) -> str:
+    """Rates are compared as this text: three digits."""
+    return f"{rate:.3g}"
+
+
+def todo(rows: Sequence[Row], scale: Scale) -> Iterator[Run]:
+    """The runs that can be started now, the next one first; after it, ask again."""
+    done = {row["key"] for row in rows}
+    for run in _ordered(rows, scale):
+        if run.key not in done:
+            yield run
+
+
+def _ordered(rows: Sequence[Row], scale: Scale) -> Iterator[Run]:
+    """All runs whose rate is known by now, in the order of the study."""
+    for task in scale.tasks:
+        yield Run(scale, UNTRAINED, task, "test", 0.0, 0, 0)
+    claims = [v for v in CLAIMS if v.name in scale.claims]
+    extra = [v for h in HYPOTHESES for v in h.variants] if scale.hypotheses else []
+    first = scale.tasks[:1]
+    for stage, tasks in ((claims, first), (extra, first), (claims, scale.tasks[1:])):
+        for task in tasks:
+            for variant in stage:
+                yield from _tuned(rows, scale, variant, task, scale.seeds[:1])
+    for seed in scale.seeds[1:]:
+        for stage, tasks in ((claims, scale.tasks), (extra, first)):
+            for task in tasks:
+                for variant in stage:
+                    yield from _tuned(rows, scale, variant, task, (seed,))
+    for task in scale.tasks if scale.time_of else ():
+        for seed in scale.seeds:
+            for variant in claims:
+                yield from _timed(rows, scale, variant, task, seed)
+
+
+def _tuned(rows, scale: Scale, variant: Variant, task: str, seeds: Sequence[int]) -> Iterator[Run]:
+    """The next tuning run if there is one, otherwise the test runs at the chosen rate."""
+    rate, missing = choose_rate(rows, scale, variant, task)
+    if missing is not None:
+        yield tuning(scale, variant, task, missing)
+    elif rate is not None:
+        for seed in seeds:
+            yield Run(scale, variant, task, "test", rate, seed, scale.steps)
+
+
+def tuning(scale: Scale, variant: Variant, task: str, rate: float) -> Run:
+    """The run that tries a rate, always with the first seed."""
+    return Run(scale, variant, task, "tune", rate, scale.seeds[0], scale.tune_steps)
+
+
+def choose_rate(rows: Sequence[Row], scale: Scale, variant: Variant, task: str) -> tuple[float | None, float | None]:
+    """(best rate, None) when the variant is tuned, (None, rate to try next) before; (None, None): every rate failed.
+
+    The best has the highest accuracy on the validation part, of equal ones the lowest loss. While it is the highest or
+    lowest rate tried, the next one beyond is tried, `scale.extensions` times at most.
+    """
+    by_key = {row["key"]: row for row in rows}
+    tried = sorted(variant.rates[: scale.rates])
+    for extension in range(scale.extensions + 1):
+        found = {rate: by_key.get(tuning(scale, variant, task, rate).key) for rate in tried}
+        missing = [rate for rate, row in found.items() if row is None]
+        if missing:
+            return None, missing[0]
+        worked = {rate: row for rate, row in found.items() if row is not None and row["status"] == "ok"}
+        best = max(
+            worked, key=lambda r: (worked[r]["validation_accuracy"], -worked[r]["validation_loss"]), default=None
+        )
+        if extension < scale.extensions:
+            if best is None or best == tried[0]:
+                tried = [tried[0] / FACTOR, *tried]
+            elif best == tried[-1]:
+                tried = [*tried, tried[-1] * FACTOR]
+    return best, None
+
+
+def _timed(rows, scale: Scale, variant: Variant, task: str, seed: int) -> Iterator[Run]:
+    """A run with as many steps as fit into the reference's CPU seconds, preparation included, once both were timed."""
+
+    def tested(name: str) -> Row | None:
+        return next((r for r in rows if r["variant"] == name and r["task"] == task and r["role"] == "test"
+                     and r["seed"] == seed and r["status"] == "ok"), None)  # fmt: skip
+
+    mine, reference = tested(variant.name), tested(scale.time_of)
+    if mine is None or reference is None or variant.name == scale.time_of:
+        return
+    budget = reference["prepare_cpu_s"] + reference["train_cpu_s"] - mine["prepare_cpu_s"]
+    steps = int(budget / (mine["train_cpu_s"] / mine["steps"]))
+    if steps > 0:
+        yield Run(scale, variant, task, "time", mine["rate"], seed, steps)

@@ -1,0 +1,178 @@
+// sparse_adamw_: one AdamW step (Loshchilov & Hutter, 2019) over the selected entries of all layers, and the rounded
+// write into their weights.
+#include <torch/csrc/stable/library.h>
+
+#include <array>
+#include <cmath>
+
+#include "worklist.h"
+
+namespace sparseft {
+namespace {
+
+// All scalars in the precision W of the optimizer state.
+template <typename W>
+struct Hyper {
+  W shrink;  // lr * weight_decay
+  W keep1;   // beta1
+  W mix1;    // 1 - beta1
+  W keep2;   // beta2
+  W mix2;    // 1 - beta2
+  W eps;
+  W grad_scale;  // negative to maximize
+};
+
+// The bias corrections of one entry: its learning rate lr / (1 - beta1^age), and sqrt(1 - beta2^age).
+template <typename W>
+struct Correction {
+  W rate;
+  W root;
+};
+
+template <typename W>
+Correction<W> correction(double lr, double beta1, double beta2, int64_t age) {
+  const double power = static_cast<double>(age);
+  return {static_cast<W>(lr / (1 - std::pow(beta1, power))), static_cast<W>(std::sqrt(1 - std::pow(beta2, power)))};
+}
+
+// Corrections by age. Ages repeat: the powers are kept in a small direct-mapped table.
+template <typename W>
+class Corrections {
+ public:
+  Corrections(double lr, double beta1, double beta2) : lr_(lr), beta1_(beta1), beta2_(beta2) { ages_.fill(-1); }
+
+  const Correction<W>& operator()(int64_t age) {
+    const size_t slot = static_cast<uint64_t>(age) % kSlots;
+    if (ages_[slot] != age) {
+      ages_[slot] = age;
+      slots_[slot] = correction<W>(lr_, beta1_, beta2_, age);
+    }
+    return slots_[slot];
+  }
+
+ private:
+  static constexpr size_t kSlots = 64;
+  double lr_, beta1_, beta2_;
+  std::array<int64_t, kSlots> ages_;
+  std::array<Correction<W>, kSlots> slots_;
+};
+
+// The state of a run of entries; rate, root and target have been laid out entry by entry.
+template <typename W>
+struct Span {
+  int64_t count;
+  W* values;
+  const W* grad;
+  W* exp_avg;
+  W* exp_avg_sq;
+  const W* target;  // what weight decay pulls towards
+  const W* rate;
+  const W* root;
+};
+
+template <typename W>
+SPARSEFT_CLONES void update(const Span<W>& s, const Hyper<W>& h) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < s.count; ++i) {
+    const W g = s.grad[i] * h.grad_scale;
+    W w = s.values[i];
+    w -= h.shrink * (w - s.target[i]);
+    W m = s.exp_avg[i];
+    m = h.mix1 < W(0.5) ? m + h.mix1 * (g - m) : g - h.keep1 * (g - m);  // as torch.lerp
+    const W v = s.exp_avg_sq[i] * h.keep2 + h.mix2 * g * g;
+    w -= s.rate[i] * m / (std::sqrt(v) / s.root[i] + h.eps);
+    s.values[i] = w;
+    s.exp_avg[i] = m;
+    s.exp_avg_sq[i] = v;
+  }
+}
+
+template <typename T>
+struct State {
+  Wide<T>* values;
+  const Wide<T>* grad;
+  Wide<T>* exp_avg;
+  Wide<T>* exp_avg_sq;
+  const T* base;        // or nullptr: decay towards zero
+  const int64_t* step;  // [layers]
+  const int32_t* born;  // or nullptr: every entry is as old as its layer
+};
+
+template <typename T>
+void adamw(const std::vector<T*>& weights, const std::vector<Shape>& shapes, const State<T>& state,
+           const Worklist& work, double lr, double beta1, double beta2, const Hyper<Wide<T>>& hyper) {
+  using W = Wide<T>;
+  std::vector<Correction<W>> of_layer;
+  for (size_t layer = 0; layer < weights.size(); ++layer)
+    of_layer.push_back(correction<W>(lr, beta1, beta2, state.step[layer]));
+  for_each_run(work, 2048, [&](const Run& run) {
+    const int64_t layer = run.tile->layer, first = run.first, count = run.last - run.first;
+    T* weight = weights[layer];
+    int64_t flat[kRun];
+    flat_positions(work, run, shapes[layer].cols, flat);
+    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(weight + flat[i], 1);
+
+    W target[kRun], rate[kRun], root[kRun];
+    for (int64_t i = 0; i < count; ++i) target[i] = state.base ? static_cast<W>(state.base[first + i]) : W(0);
+    std::fill_n(rate, count, of_layer[layer].rate);
+    std::fill_n(root, count, of_layer[layer].root);
+    if (state.born) {
+      Corrections<W> of_age(lr, beta1, beta2);
+      for (int64_t i = 0; i < count; ++i) {
+        const Correction<W>& own = of_age(state.step[layer] - state.born[first + i]);
+        rate[i] = own.rate;
+        root[i] = own.root;
+      }
+    }
+    update<W>({count, state.values + first, state.grad + first, state.exp_avg + first, state.exp_avg_sq + first, target,
+               rate, root},
+              hyper);
+    for (int64_t i = 0; i < count; ++i) weight[flat[i]] = static_cast<T>(state.values[first + i]);
+  });
+}
+
+double number(const Tensor& scalar) {
+  return scalar.scalar_type() == ScalarType::Double ? *scalar.const_data_ptr<double>()
+                                                    : *scalar.const_data_ptr<float>();
+}
+
+void sparse_adamw(std::vector<Tensor> weights, Tensor values, const Tensor& grad, Tensor exp_avg, Tensor exp_avg_sq,
+                  std::optional<Tensor> base, const Tensor& step, std::optional<Tensor> born, const Tensor& rows,
+                  const Tensor& cols, const Tensor& tiles, const Tensor& local, std::vector<int64_t> tile,
+                  const Tensor& lr, double beta1, double beta2, double eps, double weight_decay, bool maximize,
+                  std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+  check_sparse_adamw(weights, values, grad, exp_avg, exp_avg_sq, base, step, born, rows, cols, tiles, local, tile, lr,
+                     grad_scale, found_inf);
+  const Worklist work(Order(rows, 0), Order(cols, 0), tiles, local, tile);
+  const std::vector<Shape> shapes = shapes_of(weights);
+  work.check_bounds("sparse_adamw_", shapes);
+  if (found_inf && number(*found_inf) != 0) return;
+  const double rate = number(lr), sign = maximize ? -1 : 1;
+  visit_float(weights[0].scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using W = Wide<T>;
+    const State<T> state{values.mutable_data_ptr<W>(),
+                         grad.const_data_ptr<W>(),
+                         exp_avg.mutable_data_ptr<W>(),
+                         exp_avg_sq.mutable_data_ptr<W>(),
+                         base ? base->const_data_ptr<T>() : nullptr,
+                         step.const_data_ptr<int64_t>(),
+                         born ? born->const_data_ptr<int32_t>() : nullptr};
+    const Hyper<W> hyper{static_cast<W>(rate * weight_decay),
+                         static_cast<W>(beta1),
+                         static_cast<W>(1 - beta1),
+                         static_cast<W>(beta2),
+                         static_cast<W>(1 - beta2),
+                         static_cast<W>(eps),
+                         static_cast<W>(sign * (grad_scale ? number(*grad_scale) : 1))};
+    adamw(data_of<T>(weights), shapes, state, work, rate, beta1, beta2, hyper);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sparseft_cpu, CPU, m) {
+  m.impl("sparse_adamw_", TORCH_BOX(&sparse_adamw));
+}
+
+}  // namespace sparseft

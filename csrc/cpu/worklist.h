@@ -1,0 +1,118 @@
+// Walking a worklist on the CPU: bounds checks before, then runs of entries on all threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "../common.h"
+#include "simd.h"
+
+namespace sparseft {
+
+// position / size for any 16-bit position, by one multiplication (exact: position * size < 2^32).
+struct Divider {
+  explicit Divider(int64_t size) : size(static_cast<uint32_t>(size)), magic((uint64_t{1} << 32) / this->size + 1) {}
+  SPARSEFT_INLINE uint32_t quotient(uint32_t position) const { return static_cast<uint32_t>(position * magic >> 32); }
+  SPARSEFT_INLINE uint32_t remainder(uint32_t position) const { return position - quotient(position) * size; }
+  uint32_t size;
+  uint64_t magic;
+};
+
+// Active rows (or columns) in their order; without an order, row i is i.
+struct Order {
+  Order(const std::optional<Tensor>& order, int64_t compact_size)
+      : data(order ? order->const_data_ptr<int32_t>() : nullptr),
+        size(order ? order->numel() : compact_size) {}
+  SPARSEFT_INLINE int64_t operator[](int64_t i) const { return data ? data[i] : i; }
+  const int32_t* data;
+  int64_t size;
+};
+
+struct Shape {
+  int64_t rows;
+  int64_t cols;
+};
+
+inline std::vector<Shape> shapes_of(const std::vector<Tensor>& weights) {
+  std::vector<Shape> shapes;
+  for (const Tensor& weight : weights) shapes.push_back({weight.size(0), weight.size(1)});
+  return shapes;
+}
+
+template <typename T>
+std::vector<T*> data_of(const std::vector<Tensor>& weights) {
+  std::vector<T*> data;
+  for (const Tensor& weight : weights) data.push_back(weight.mutable_data_ptr<T>());
+  return data;
+}
+
+struct Worklist {
+  Worklist(const Order& rows, const Order& cols, const Tensor& tiles, const Tensor& local,
+           const std::vector<int64_t>& tile)
+      : tiles(tile_data(tiles)),
+        size(tiles.size(0)),
+        local(local_data(local)),
+        entries(local.numel()),
+        positions(tile[0] * tile[1]),
+        width(tile[1]),
+        rows(rows),
+        cols(cols) {}
+
+  // Throws unless every tile, entry and index is in bounds. shapes[layer] is the matrix that a tile's rows and columns
+  // point into; one_shape: all layers share shapes[0].
+  void check_bounds(const char* op, const std::vector<Shape>& shapes, bool one_shape = false) const;
+
+  const Tile* tiles;
+  int64_t size;
+  const uint16_t* local;
+  int64_t entries;
+  int64_t positions;  // of a tile
+  Divider width;      // of a tile
+  Order rows;
+  Order cols;
+};
+
+// Consecutive entries of one tile: the unit of work. Its arithmetic never depends on the number of threads.
+struct Run {
+  const Tile* tile;
+  int64_t first;
+  int64_t last;
+};
+
+constexpr int64_t kRun = 512;  // entries at most
+
+// Calls f(run) for all runs of the worklist, about `grain` entries or more per thread. f must not throw.
+template <typename F>
+void for_each_run(const Worklist& work, int64_t grain, const F& f) {
+  std::vector<Run> runs;
+  std::vector<int64_t> start;  // entries before each run: threads share the entries, not the runs
+  int64_t total = 0;
+  for (int64_t i = 0; i < work.size; ++i) {
+    const Tile& tile = work.tiles[i];
+    for (int64_t first = tile.entry0; first < tile.entry1; first += kRun) {
+      runs.push_back({&tile, first, std::min(first + kRun, tile.entry1)});
+      start.push_back(total);
+      total += runs.back().last - first;
+    }
+  }
+  torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
+    const auto number = [&](int64_t entry) {
+      return std::lower_bound(start.begin(), start.end(), entry) - start.begin();
+    };
+    const int64_t stop = number(end);
+    for (int64_t i = number(begin); i < stop; ++i) f(runs[i]);
+  });
+}
+
+// Where a run's entries lie in a row-major matrix of `cols` columns.
+inline void flat_positions(const Worklist& work, const Run& run, int64_t cols, int64_t* flat) {
+  for (int64_t e = run.first; e < run.last; ++e) {
+    const uint32_t row = work.width.quotient(work.local[e]);
+    const uint32_t col = work.local[e] - row * work.width.size;
+    flat[e - run.first] = work.rows[run.tile->row0 + row] * cols + work.cols[run.tile->col0 + col];
+  }
+}
+
+}  // namespace sparseft

@@ -1,0 +1,90 @@
+"""sparse_adamw: one AdamW step over the selected entries of all layers, with the write into their weights: one launch.
+
+Learning rate, step counts, gradient scale and the overflow flag are read from device memory: the launch can be
+captured in a CUDA graph and replayed.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+from sparseft.kernels.entries import CHUNK, address_table, locate, plan
+from sparseft.kernels.launch import on
+
+
+@triton.jit
+def _one_minus_power(log_beta, age):
+    """1 - beta**age. In fp32 the difference would cancel for young entries: there, the series of expm1."""
+    y = age * log_beta
+    if age.dtype == tl.float64:
+        return 1 - tl.exp(y)
+    series = y * (1 + y / 2 * (1 + y / 3 * (1 + y / 4 * (1 + y / 5 * (1 + y / 6 * (1 + y / 7))))))
+    return tl.where(y > -0.5, -series, 1 - tl.exp(y))
+
+
+@triton.jit(do_not_specialize=["reach"])
+def _adamw(
+    weight, values, grad, exp_avg, exp_avg_sq, base, step, born, table, rows, cols, tiles, spans, reach, local,
+    count, lr, beta1: tl.float64, beta2: tl.float64, log_beta1: tl.float64, log_beta2: tl.float64, eps: tl.float64,
+    weight_decay: tl.float64, grad_scale, found_inf,
+    MAXIMIZE: tl.constexpr, TILE_COLS: tl.constexpr, COMPLETE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    if found_inf is not None:
+        if tl.load(found_inf) != 0:
+            return
+    state: tl.constexpr = values.dtype.element_ty
+    chunk = tl.program_id(0)
+    entry = chunk.to(tl.int64) * CHUNK + tl.arange(0, CHUNK)  # [CHUNK]
+    within = entry < count
+    position = tl.load(local + entry, mask=within, other=0).to(tl.int32) & 0xFFFF
+    layer, offset, held = locate(entry, position, chunk, tiles, spans, reach, table, rows, cols, TILE_COLS)
+    mask = within if COMPLETE else held
+
+    age = tl.load(step + layer, mask=mask, other=1)
+    if born is not None:
+        age -= tl.load(born + entry, mask=mask, other=0)
+    correction1 = _one_minus_power(tl.cast(log_beta1, state), age.to(state))
+    correction2 = _one_minus_power(tl.cast(log_beta2, state), age.to(state))
+
+    g = tl.load(grad + entry, mask=mask, other=0.0)
+    if grad_scale is not None:
+        g *= tl.load(grad_scale).to(state)
+    if MAXIMIZE:
+        g = -g
+    m = tl.load(exp_avg + entry, mask=mask, other=0.0)
+    m += tl.cast(1 - beta1, state) * (g - m)
+    v = tl.load(exp_avg_sq + entry, mask=mask, other=0.0)
+    v = v * tl.cast(beta2, state) + tl.cast(1 - beta2, state) * g * g
+
+    rate = tl.load(lr).to(tl.float64)
+    w = tl.load(values + entry, mask=mask, other=0.0)
+    pull = w if base is None else w - tl.load(base + entry, mask=mask, other=0.0).to(state)
+    w -= (rate * weight_decay).to(state) * pull
+    w -= rate.to(state) / correction1 * m / (tl.sqrt(v) / tl.sqrt(correction2) + tl.cast(eps, state))
+
+    tl.store(values + entry, w, mask=mask)
+    tl.store(exp_avg + entry, m, mask=mask)
+    tl.store(exp_avg_sq + entry, v, mask=mask)
+    tl.store(weight + offset, w.to(weight.dtype.element_ty), mask=mask)
+
+
+def sparse_adamw_(
+    weights, values, grad, exp_avg, exp_avg_sq, base, step, born, rows, cols, tiles, local, tile,
+    lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf,
+):  # fmt: skip
+    """See `reference.sparse_adamw_`. An `lr` in host memory is copied to the device, which a graph would freeze."""
+    count = local.shape[0]
+    if count == 0 or tiles.shape[0] == 0:
+        return
+    with on(local.device):
+        ordered, spans, reach, complete = plan(tiles, count)
+        _adamw[(spans.shape[0],)](
+            weights[0], values, grad, exp_avg, exp_avg_sq, base, step, born, address_table(weights), rows, cols,
+            ordered, spans, reach, local, count, lr.to(local.device), beta1, beta2, _log(beta1), _log(beta2), eps,
+            weight_decay, grad_scale, found_inf,
+            MAXIMIZE=maximize, TILE_COLS=tile[1], COMPLETE=complete, CHUNK=CHUNK,
+        )  # fmt: skip
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta else -math.inf

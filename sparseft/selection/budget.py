@@ -1,0 +1,277 @@
+"""Budgets: how many entries and tiles a group of weights shares, and which tiles they get."""
+
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparseft.ops import select_topk
+from sparseft.pattern import Pattern, matrix_shape
+from sparseft.selection.topk import StreamingTopK
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How the entries are shared among the weights. Every budget gets the same density and tile budget.
+
+    Args:
+        budget: weight name -> name of the budget that it shares.
+        floor: share of a budget, in [0, 1], that its weights get for certain, each by its size; the rest goes to
+            the best entries wherever they are. It applies to entries and to tiles.
+    """
+
+    budget: Callable[[str], Hashable]
+    floor: float = 0.0
+
+
+def kind(name: str) -> str:
+    """What a weight is, whatever its layer: "self_attn.q_proj.weight" of "model.layers.3.self_attn.q_proj.weight"."""
+    return re.split(r"(?:^|\.)\d+\.", name)[-1]
+
+
+ALLOCATIONS: dict[str, Allocation] = {
+    "global": Allocation(lambda name: ""),
+    "layer": Allocation(lambda name: name),
+    "kind": Allocation(kind),  # one budget for all q_proj, one for all down_proj, ...
+    "mixed": Allocation(lambda name: "", floor=0.5),  # halfway between global and layer
+}
+
+
+class Grid:
+    """One weight, its rows and columns sorted by chosen score mass (largest first, ties by index), cut into tiles.
+
+    Sums are taken on the CPU in fp64, where their order is fixed.
+
+    Args:
+        shape: (N, K). `tile`: rows and columns of a tile; tiles are numbered row by row.
+        indices: int64 [k], the flat positions chosen in this weight. `scores`: [k], theirs.
+    """
+
+    def __init__(self, shape: tuple[int, int], tile: tuple[int, int], indices: Tensor, scores: Tensor):
+        self._shape, self._tile = shape, tile
+        index, mass = indices.cpu(), scores.double().cpu()
+        row, col = index // shape[1], index % shape[1]
+        self._row_order, self._col_order = _by_mass(row, mass, shape[0]), _by_mass(col, mass, shape[1])
+        self._row_place, self._col_place = self._row_order.argsort(), self._col_order.argsort()
+        rows = torch.bincount(torch.arange(shape[0]) // tile[0])
+        cols = torch.bincount(torch.arange(shape[1]) // tile[1])
+        number = self._row_place[row] // tile[0] * len(cols) + self._col_place[col] // tile[1]
+        self.capacity = (rows[:, None] * cols).reshape(-1)  # entries per tile: those at the edges are smaller
+        self.count = torch.bincount(number, minlength=len(self.capacity))  # chosen entries per tile
+        self.mass = torch.zeros(len(self.capacity), dtype=torch.float64).index_add_(0, number, mass)
+        self._across = len(cols)
+
+    def positions(self, keep: Tensor, device: torch.device) -> Tensor:
+        """int64 flat positions inside the tiles that `keep` (bool, one per tile) marks, ascending."""
+        bands = keep.view(-1, self._across)[self._row_place // self._tile[0]].to(device)
+        mask = bands[:, (self._col_place // self._tile[1]).to(device)]
+        return mask.reshape(-1).nonzero().squeeze(1)
+
+    def pattern(self, indices: Tensor) -> Pattern:
+        """The pattern of some entries in this grid's order, which ends after the last row and column in use."""
+        row, col = indices.cpu() // self._shape[1], indices.cpu() % self._shape[1]
+        row_order = self._row_order[: int(self._row_place[row].max()) + 1].to(indices.device)
+        col_order = self._col_order[: int(self._col_place[col].max()) + 1].to(indices.device)
+        return Pattern.from_indices(indices, self._shape, tile=self._tile, row_order=row_order, col_order=col_order)
+
+
+class Budget:
+    """k entries, shared by a group of weights; chosen as soon as the scores of the last weight have come.
+
+    Args:
+        shapes: the weights of the group, in the order in which ties are preferred.
+        k: entries to select, over all of them.
+        tile: rows and columns of a tile. `tile_budget`: share of the group's tiles that may hold entries.
+        floor: share of k, and of the tiles, that the weights get by their sizes.
+    """
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]], k: int, tile: tuple[int, int], tile_budget: float,
+                 floor: float = 0.0):  # fmt: skip
+        self._shapes = {name: matrix_shape(shape) for name, shape in shapes.items()}
+        self._k, self._tile, self._tile_budget = k, tile, tile_budget
+        entries = sum(n * m for n, m in self._shapes.values())
+        self._sure = {name: int(floor * k * n * m / entries) for name, (n, m) in self._shapes.items()}
+        self._sure_tiles = {n: int(floor * tile_budget * _tiles(shape, tile)) for n, shape in self._shapes.items()}
+        self._free = FlooredTopK(k, self._sure)
+        self._scores: dict[str, Tensor] = {}  # kept for the second choice, inside tiles
+        self._missing = set(shapes)
+        self.waits = tile_budget < 1 and len(shapes) > 1  # whether scores are kept until the last weight's come
+        self.tiles = sum(_tiles(shape, tile) for shape in self._shapes.values())
+        self.patterns: dict[str, Pattern] = {}  # the result, once every weight was added
+        self.free_mass = self.mass = 0.0  # sum of |scores| of the free choice, and of the choice inside the tiles
+
+    def add(self, name: str, scores: Tensor) -> None:
+        """Take one weight's scores (fp32 or fp64, of the weight's shape); the last one triggers the choice."""
+        self._missing.remove(name)
+        self._free.add(name, scores)
+        if self._tile_budget < 1:
+            self._scores[name] = scores.reshape(-1)
+        if not self._missing:
+            self._choose()
+
+    def _choose(self) -> None:
+        indices, scores = self._free.result(), self._free.scores()
+        self.free_mass = self.mass = _sum(scores)
+        grids = {name: Grid(self._shapes[name], self._tile, indices[name], scores[name]) for name in indices}
+        if self._tile_budget < 1:
+            indices = self._choose_inside(grids)
+        self.patterns = {name: grids[name].pattern(index) for name, index in indices.items()}
+
+    def _choose_inside(self, grids: dict[str, Grid]) -> dict[str, Tensor]:
+        """The best k entries inside the kept tiles; frees the scores."""
+        sure = [(self._sure[name], self._sure_tiles[name]) for name in grids]
+        tiles = keep_tiles(list(grids.values()), self._k, round(self._tile_budget * self.tiles), sure)
+        keep = dict(zip(grids, tiles, strict=True))
+        inside = FlooredTopK(self._k, {name: self._sure[name] for name in grids})
+        for name, grid in grids.items():
+            scores = self._scores.pop(name)
+            inside.add(name, scores[grid.positions(keep[name], scores.device)])
+        self._scores.clear()
+        self.mass = _sum(inside.scores())
+        # positions once more: cheaper than keeping them all
+        return {n: grids[n].positions(keep[n], found.device)[found] for n, found in inside.result().items()}
+
+
+class FlooredTopK:
+    """As StreamingTopK, but of the k entries every tensor gets a number for certain, its own best ones.
+
+    Args:
+        k: entries to keep, over all tensors together.
+        sure: entries of each tensor that are kept in any case, together at most k; its order is the order in which
+            equal scores are preferred.
+    """
+
+    def __init__(self, k: int, sure: Mapping[str, int]):
+        self._sure = sure
+        self._own: dict[str, tuple[Tensor, Tensor]] = {}  # name -> (ascending flat positions, |scores|)
+        self._rest: StreamingTopK[str] = StreamingTopK(k - sum(sure.values()), order=list(sure))
+
+    def add(self, name: str, scores: Tensor) -> None:
+        """Take the scores of one tensor (fp32 or fp64, finite)."""
+        scores = scores.reshape(-1).abs()
+        own = select_topk(scores, min(self._sure[name], len(scores)))
+        self._own[name] = own, scores[own]
+        self._rest.add(name, scores if len(own) == 0 else scores[_others(own, len(scores))])
+
+    def result(self) -> dict[str, Tensor]:
+        """int64 flat positions, ascending, of the selected entries; names without any are left out."""
+        return {name: position for name, (position, _) in self._selected().items()}
+
+    def scores(self) -> dict[str, Tensor]:
+        """The |scores| of the entries in `result`."""
+        return {name: scores for name, (_, scores) in self._selected().items()}
+
+    def _selected(self) -> dict[str, tuple[Tensor, Tensor]]:
+        rest, rest_scores = self._rest.result(), self._rest.scores()
+        selected = {}
+        for name in self._sure:
+            position, scores = self._own[name]
+            if name in rest:
+                # the j-th of `position` has position[j] - j others before it
+                skipped = torch.searchsorted(position - torch.arange(len(position), device=position.device),
+                                             rest[name], right=True)  # fmt: skip
+                position, order = torch.cat([position, rest[name] + skipped]).sort()
+                scores = torch.cat([scores, rest_scores[name]])[order]
+            if len(position):
+                selected[name] = position, scores
+        return selected
+
+
+class LineBudget:
+    """As Budget, but rows or columns are chosen whole, by their mean |score|; no score is kept.
+
+    The best lines are taken as long as that brings the number of entries closer to k.
+
+    Args:
+        shapes, k, tile: as in Budget.
+        along: the dimension along which a line runs: 1 for rows, 0 for columns.
+    """
+
+    waits = False
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]], k: int, tile: tuple[int, int], along: int):
+        self._shapes = {name: matrix_shape(shape) for name, shape in shapes.items()}
+        self._k, self._tile, self._along = k, tile, along
+        self._mass: dict[str, Tensor] = {}  # fp64, the sum of |score| of every line
+        self.tiles = sum(_tiles(shape, tile) for shape in self._shapes.values())
+        self.patterns: dict[str, Pattern] = {}  # the result, once every weight was added
+        self.free_mass = self.mass = 0.0  # sum of |scores| of the choice
+
+    def add(self, name: str, scores: Tensor) -> None:
+        """Take one weight's scores (fp32 or fp64, of the weight's shape); the last one triggers the choice."""
+        self._mass[name] = scores.reshape(self._shapes[name]).abs().sum(self._along, dtype=torch.float64)
+        if len(self._mass) == len(self._shapes):
+            self._choose()
+
+    def _choose(self) -> None:
+        mass = torch.cat([self._mass[name].cpu() for name in self._shapes])
+        lengths = {name: shape[self._along] for name, shape in self._shapes.items()}
+        length = torch.cat(
+            [torch.full_like(self._mass[n], lengths[n], device="cpu", dtype=torch.int64) for n in lengths]
+        )
+        order = torch.argsort(mass / length, descending=True, stable=True)
+        after = length[order].cumsum(0)
+        keep = torch.zeros(len(mass), dtype=torch.bool)
+        keep[order[(after - self._k).abs() < (after - length[order] - self._k).abs()]] = True
+        self.free_mass = self.mass = float(mass[keep].sum())
+        parts = keep.split([len(self._mass[name]) for name in self._shapes])
+        for (name, shape), part in zip(self._shapes.items(), parts, strict=True):
+            if part.any():
+                lines = part.nonzero().squeeze(1).to(self._mass[name].device)
+                self.patterns[name] = self._pattern(shape, lines, self._mass[name][lines])
+
+    def _pattern(self, shape: tuple[int, int], lines: Tensor, mass: Tensor) -> Pattern:
+        across = torch.arange(shape[self._along], device=lines.device)
+        row, col = (lines[:, None], across) if self._along == 1 else (across[:, None], lines)
+        carried = mass[:, None] if self._along == 1 else mass
+        indices = row * shape[1] + col
+        return Pattern.from_indices(indices.reshape(-1), shape, tile=self._tile,
+                                    mass=carried.expand(indices.shape).reshape(-1))  # fmt: skip
+
+
+LINES = {"rows": 1, "columns": 0}  # structure -> the dimension along which its lines run
+
+
+def keep_tiles(grids: Sequence[Grid], k: int, budget: int, sure: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Mark, grid by grid, the `budget` tiles with the most chosen mass; more if these cannot hold what they must.
+
+    Args:
+        k: entries that all kept tiles together must hold.
+        sure: per grid, entries that its own kept tiles must hold, and how many of its best tiles are kept anyway.
+    """
+    mass, count, capacity = (torch.cat([getattr(g, name) for g in grids]) for name in ("mass", "count", "capacity"))
+    best = torch.cat([_best(g.mass, g.count, g.capacity, *least) for g, least in zip(grids, sure, strict=True)])
+    keep = _best(mass.masked_fill(best, torch.inf), count, capacity, k, max(budget, int(best.sum())))
+    return list(keep.split([len(g.mass) for g in grids]))
+
+
+def _best(mass: Tensor, count: Tensor, capacity: Tensor, k: int, budget: int) -> Tensor:
+    """bool: the `budget` tiles with the most mass, more if these cannot hold k entries, none that is empty."""
+    order = torch.argsort(mass, descending=True, stable=True)
+    order = order[count[order] > 0]  # together these hold the chosen entries, so capacity suffices
+    needed = int(torch.searchsorted(capacity[order].cumsum(0), k)) + 1 if k else 0
+    keep = torch.zeros(len(mass), dtype=torch.bool)
+    keep[order[: max(budget, needed)]] = True
+    return keep
+
+
+def _others(positions: Tensor, size: int) -> Tensor:
+    """int64: all of 0..size-1 that are not in `positions`, ascending."""
+    mask = torch.ones(size, dtype=torch.bool, device=positions.device)
+    mask[positions] = False
+    return mask.nonzero().squeeze(1)
+
+
+def _tiles(shape: tuple[int, int], tile: tuple[int, int]) -> int:
+    return -(-shape[0] // tile[0]) * -(-shape[1] // tile[1])
+
+
+def _by_mass(index: Tensor, mass: Tensor, size: int) -> Tensor:
+    """All of 0..size-1, by the mass summed at `index`, largest first; ties to the lower number."""
+    return torch.zeros(size, dtype=torch.float64).index_add_(0, index, mass).argsort(descending=True, stable=True)
+
+
+def _sum(scores: dict[str, Tensor]) -> float:
+    return sum(float(s.double().sum()) for s in scores.values())

@@ -1,0 +1,154 @@
+"""Backward passes that hand over each weight's gradient and free it before the next one exists."""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Backward:
+    """Runs backward passes of a model for some of its weights.
+
+    Args:
+        weights: the parameters whose gradients are wanted, by name.
+        loss_fn: (model, batch) -> scalar loss; None: `model(**batch).loss`.
+    """
+
+    def __init__(
+        self, model: nn.Module, weights: dict[str, nn.Parameter], loss_fn: Callable[[nn.Module, Any], Tensor] | None
+    ):
+        self.model = model
+        self.weights = weights
+        self._loss_fn = loss_fn
+        self._number = 0
+        self._take: Callable[[str, Tensor], None] = lambda name, gradient: None
+        self._seen: set[str] = set()  # weights whose gradient of this batch has come
+        self._lock = threading.Lock()  # autograd runs one thread per device
+
+    @contextmanager
+    def prepared(self, seed: int) -> Iterator[None]:
+        """Passes run inside; afterwards the model is as it was.
+
+        Meanwhile only the weights require gradients, and the random generators start from `seed`.
+        """
+        before = [(p, p.requires_grad, p.grad) for p in self.model.parameters()]
+        wanted = {id(weight) for weight in self.weights.values()}
+        handles = []
+        try:
+            for parameter, requires_grad, _ in before:
+                parameter.grad = None
+                if requires_grad != (id(parameter) in wanted):
+                    parameter.requires_grad_(not requires_grad)
+            for name, weight in self.weights.items():
+                handles.append(weight.register_post_accumulate_grad_hook(partial(self._arrived, name)))
+            with unchanged_buffers(self.model), seeded(self.model, seed), torch.enable_grad():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter, requires_grad, grad in before:
+                if parameter.requires_grad != requires_grad:
+                    parameter.requires_grad_(requires_grad)
+                parameter.grad = grad
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a sum of gradients: the weight's."""
+        return tuple(self.weights[name].shape)
+
+    def __call__(self, number: int, batch: Any, take: Callable[[str, Tensor], None]) -> None:
+        """One forward and backward pass, in which `take(name, gradient)` gets every gradient as it arises.
+
+        Args:
+            number: names the batch in errors.
+
+        Raises:
+            TypeError, ValueError: the batch gives no scalar loss, no gradient, or a gradient that is not finite.
+            RuntimeError: a gradient came in parts.
+        """
+        self._number, self._take = number, take
+        self._seen.clear()
+        loss = self._loss(batch)
+        if loss.requires_grad:
+            loss.backward()
+        if not self._seen:
+            raise ValueError(
+                f"batch {number}: the loss gives no gradient for any eligible weight (with reentrant gradient "
+                "checkpointing call model.enable_input_require_grads() first)"
+            )
+
+    def _loss(self, batch: Any) -> Tensor:
+        loss: Any
+        if self._loss_fn is not None:
+            loss, source = self._loss_fn(self.model, batch), "loss_fn(model, batch)"
+        else:
+            output = self.model(**moved_to(self.model, batch, self._number))
+            loss, source = getattr(output, "loss", None), "model(**batch).loss (given labels?)"
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"batch {self._number}: {source} must be a scalar tensor, got {got}")
+        return loss
+
+    def _arrived(self, name: str, weight: nn.Parameter) -> None:
+        gradient, weight.grad = weight.grad, None
+        with self._lock:
+            if gradient is None:
+                raise RuntimeError(f"another hook on {name} took its gradient; remove that hook before selecting")
+            if name in self._seen:
+                raise RuntimeError(
+                    f"batch {self._number}: the gradient of {name} came in parts (a shared weight under reentrant "
+                    "gradient checkpointing?); set use_reentrant=False"
+                )
+            self._seen.add(name)
+            if not is_finite(gradient):
+                raise ValueError(f"batch {self._number}: the gradient of {name} is not finite")
+            self._take(name, gradient)
+
+
+def moved_to(model: nn.Module, batch: Any, number: int) -> dict[str, Any]:
+    """The batch as arguments of the model, tensors on its device.
+
+    Raises:
+        TypeError: it is no mapping.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"batch {number} must be a mapping for model(**batch), got {type(batch).__name__}; "
+            "for other batches give a loss_fn"
+        )
+    device = next(model.parameters()).device
+    return {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
+
+
+@contextmanager
+def unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    """Afterwards the model's buffers hold what they held before."""
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, old in buffers:
+                if not torch.equal(buffer, old):  # batch norm changes them without a new version number
+                    buffer.copy_(old)
+
+
+@contextmanager
+def seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """The generators of the model's devices start from `seed` and are put back afterwards."""
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        # not torch.manual_seed: it would also seed devices that are not put back
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.cuda.default_generators[device].manual_seed(seed)
+        yield
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite; needs no temporary of the tensor's size."""
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) & torch.isfinite(high))

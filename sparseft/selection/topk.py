@@ -1,0 +1,102 @@
+"""The k largest scores of many tensors that come one after another."""
+
+from collections.abc import Hashable, Sequence
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from sparseft.ops import select_topk
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class StreamingTopK(Generic[Key]):
+    """The exact k entries with the largest |score| among tensors added one at a time, in O(k) memory.
+
+    An entry below the k-th best so far can never return, so at most 2k candidates stay (16 bytes each for fp32
+    scores) and at most k join them in one call.
+
+    Args:
+        k: how many entries to keep, over all tensors together.
+        order: the keys in the order in which equal scores are preferred, whatever the order of adding; None: the
+            order of adding. Inside a tensor the lower position is preferred.
+    """
+
+    def __init__(self, k: int, order: Sequence[Key] | None = None):
+        if k < 0:
+            raise ValueError(f"k must not be negative, got {k}")
+        self.k = k
+        self._rank = None if order is None else {key: rank for rank, key in enumerate(order)}
+        self._kept: dict[Key, tuple[Tensor, Tensor, Tensor]] = {}  # key -> |scores|, ascending positions, scores
+        self._least: Tensor | None = None  # the k-th best score so far, once there are k
+
+    def add(self, key: Key, score: Tensor, other: Tensor | None = None) -> None:
+        """Take the scores of one tensor, or with `other` the products score * other; neither tensor is kept.
+
+        Args:
+            score: any shape; fp32, bf16, fp16 or fp64, finite; of the selected entries `signed` tells it again.
+            other: the same shape.
+
+        Raises:
+            ValueError: the key was added before, or is not in `order`, or the shapes differ.
+        """
+        if key in self._kept or (self._rank is not None and key not in self._rank):
+            raise ValueError(f"key must be {'one of order' if key not in self._kept else 'a new one'}, got {key!r}")
+        if other is not None and other.shape != score.shape:
+            raise ValueError(f"other must have score's shape {tuple(score.shape)}, got {tuple(other.shape)}")
+        flat = score.detach().reshape(-1)
+        second = [] if other is None else [other.detach().reshape(-1).to(flat.dtype)]
+        if len(flat) > self.k:
+            position = select_topk(flat, self.k, "product" if second else "abs", second)
+        else:
+            position = torch.arange(len(flat), device=flat.device)
+        wide = torch.promote_types(flat.dtype, torch.float32)
+        signed = flat[position].to(wide)
+        scores = signed.abs() if not second else (signed * second[0][position].to(wide)).abs()
+        if self._least is not None:
+            hopeful = scores >= self._least.to(scores.device)
+            scores, position, signed = scores[hopeful], position[hopeful], signed[hopeful]
+        self._kept[key] = (scores, position, signed)
+        if sum(len(s) for s, *_ in self._kept.values()) > 2 * self.k:
+            self._prune()
+
+    def result(self) -> dict[Key, Tensor]:
+        """int64 flat positions, ascending, of the selected entries; keys without any are left out.
+
+        Together k entries, or all that were added if these are fewer.
+        """
+        return {key: position for key, (_, position, _) in self._selected().items()}
+
+    def scores(self) -> dict[Key, Tensor]:
+        """The |scores| of the entries in `result`, fp32 (fp64 for fp64 scores)."""
+        return {key: scores for key, (scores, *_) in self._selected().items()}
+
+    def signed(self) -> dict[Key, Tensor]:
+        """What `add` was given as `score` at the entries in `result`, in the dtype of `scores`."""
+        return {key: signed for key, (_, _, signed) in self._selected().items()}
+
+    def _selected(self) -> dict[Key, tuple[Tensor, Tensor, Tensor]]:
+        self._prune()
+        return {key: self._kept[key] for key in self._in_order() if len(self._kept[key][0])}
+
+    def _in_order(self) -> list[Key]:
+        return list(self._kept) if self._rank is None else sorted(self._kept, key=self._rank.__getitem__)
+
+    def _prune(self) -> None:
+        """Drop all but the k best candidates."""
+        keys = self._in_order()
+        lengths = [len(self._kept[key][0]) for key in keys]
+        if sum(lengths) <= self.k:
+            return
+        home = self._kept[keys[0]][0].device  # the tensors may live on several devices
+        best = select_topk([self._kept[key][0].to(home) for key in keys], self.k)
+        end = torch.tensor(lengths, device=home).cumsum(0)
+        shares = torch.diff(torch.searchsorted(best, end), prepend=end.new_zeros(1)).tolist()
+        least = []
+        for key, mine, first in zip(keys, best.split(shares), (end - end.new_tensor(lengths)).tolist(), strict=True):
+            stay = (mine - first).to(self._kept[key][0].device)
+            scores, position, signed = (part[stay] for part in self._kept[key])
+            self._kept[key] = (scores, position, signed)
+            least += [scores.min().to(home)] if len(stay) else []
+        self._least = torch.stack(least).min() if least else None

@@ -1,0 +1,127 @@
+"""select_topk against a stable sort of the keys by numpy: exact, including which of equal scores is taken."""
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+from sparseft import reference
+
+from .table import FLOATS, SMALLEST, generator, rounded, special, threads_set, wide
+
+OPERATION = "select_topk"
+SIZES = (1, 2, 31, 32, 33, 127, 128, 129, 1021, 4095, 4096, 4097, 65537)
+
+
+def oracle(scores: list[Tensor], others: list[Tensor], k: int, score: str) -> Tensor:
+    """Descending by |key|, then ascending by position; the first k, ascending."""
+    keys = []
+    for i, s in enumerate(scores):
+        key = s.reshape(-1).to(wide(s.dtype)).numpy()
+        if score == "product":
+            key = key * others[i].reshape(-1).to(wide(s.dtype)).numpy()
+        keys.append(numpy.abs(key))
+    order = numpy.argsort(-numpy.concatenate(keys), kind="stable")
+    return torch.from_numpy(numpy.sort(order[:k]))
+
+
+def check(implementation, scores: list[Tensor], k: int, others: list[Tensor] | None = None) -> None:
+    score = "abs" if others is None else "product"
+    others = others or []
+    on_device = [[t.to(implementation.device) for t in several] for several in (scores, others)]
+    got = implementation(*on_device, k, score).cpu()
+    assert got.dtype == torch.int64 and got.shape == (k,)
+    assert torch.equal(got, oracle(scores, others, k, score))
+    if implementation.name != "reference":
+        assert torch.equal(got, reference.select_topk(scores, others, k, score))
+
+
+def counts(n: int) -> list[int]:
+    return sorted({0, 1, n // 100, n // 2, max(n - 1, 0), n} & set(range(n + 1)))
+
+
+def distribution(name: str, n: int, dtype: torch.dtype) -> Tensor:
+    """[n] scores of a named kind."""
+    rng = generator(name, n)
+    sign = rng.choice([-1.0, 1.0], n)
+    kinds = {
+        "normal": lambda: rng.standard_normal(n),
+        "wide_range": lambda: sign * 2.0 ** rng.uniform(-14, 14, n),
+        "ties": lambda: sign * rng.integers(0, 4, n),
+        "all_equal": lambda: sign * 0.75,
+        "zeros": lambda: sign * 0.0,
+        "mostly_zero": lambda: sign * (rng.random(n) < 0.01) * rng.random(n),
+        "last_bits": lambda: sign * (1 + rng.integers(0, 64, n) * torch.finfo(dtype).eps),
+        "subnormal": lambda: sign * rng.integers(0, 100, n) * SMALLEST[dtype],
+        "infinite": lambda: numpy.where(rng.random(n) < 0.1, sign * numpy.inf, rng.standard_normal(n)),
+        "special": lambda: rng.choice(special(dtype).numpy(), n),
+        "ascending": lambda: numpy.arange(n) / n,
+        "descending": lambda: -numpy.arange(n)[::-1] / n,
+    }
+    return rounded(torch.from_numpy(numpy.asarray(kinds[name]())), dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("n", SIZES)
+def test_sizes(implementation, n, dtype):
+    for k in counts(n):
+        check(implementation, [distribution("normal", n, dtype)], k)
+
+
+KINDS = (
+    "wide_range", "ties", "all_equal", "zeros", "mostly_zero", "last_bits", "subnormal", "infinite", "special",
+    "ascending", "descending",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_distributions(implementation, kind, dtype):
+    scores = distribution(kind, 3001, dtype)
+    for k in counts(len(scores)):
+        check(implementation, [scores], k)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("kind", ["normal", "ties", "all_equal"])
+def test_several_tensors(implementation, kind, dtype):
+    """Positions count through all tensors; ties cross their borders; empty tensors take no part."""
+    scores = distribution(kind, 1200, dtype)
+    several = [scores[:1], scores[1:1].view(0, 4), scores[1:301].view(3, 100), scores[301:], scores[:0]]
+    for k in counts(1200):
+        check(implementation, several, k)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("kind", ["normal", "ties", "all_equal", "wide_range"])
+def test_product(implementation, kind, dtype):
+    """|score * other| in fp32 (fp64): small numbers do not underflow in the scores' own dtype."""
+    n = 2003
+    small = 2.0**-60 if dtype in (torch.bfloat16, torch.float64) else 2.0**-10
+    scores, others = distribution(kind, n, dtype), distribution("normal", n, dtype) * small
+    for k in counts(n):
+        check(implementation, [scores[:700], scores[700:]], k, [others[:700], others[700:]])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_nothing(implementation, dtype):
+    check(implementation, [torch.zeros(0, dtype=dtype)], 0)
+    check(implementation, [torch.zeros(0, 3, dtype=dtype), torch.zeros(0, dtype=dtype)], 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_16_bit_number(implementation, dtype):
+    """All values of the dtype but NaN: ordered by magnitude, x and -x by position."""
+    scores = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    scores = scores[~scores.isnan()]
+    for k in counts(len(scores)):
+        check(implementation, [scores], k)
+
+
+def test_same_positions_on_every_run(implementation):
+    scores = distribution("ties", 100_003, torch.float32).to(implementation.device)
+    runs = []
+    for threads in (1, 2, 2):
+        with threads_set(threads):
+            runs.append(implementation([scores], [], 12_345, "abs"))
+    assert all(torch.equal(run, runs[0]) for run in runs[1:])

@@ -1,0 +1,157 @@
+"""The choice of implementation: forcing, reasons, the report, and an import that needs nothing but torch."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import sparseft
+from sparseft import backend
+
+OPERATION = "select_topk"
+
+
+def serving() -> dict[str, str]:
+    return {operation: report["cpu"]["serves"] for operation, report in backend.backends().items()}
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Python code in a fresh process."""
+    clean = {k: v for k, v in os.environ.items() if k != "SPARSEFT_BACKEND"}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_the_compiled_kernels_serve_cpu_tensors():
+    """Also says that the C++ library was built: no machine may test without it."""
+    assert serving() == dict.fromkeys(backend.OPERATIONS, "cpu")
+
+
+def test_the_report_names_every_implementation_once():
+    for operation, devices in sparseft.backends().items():
+        assert operation in backend.OPERATIONS and set(devices) == {"cpu", "cuda"}
+        for report in devices.values():
+            others = set(report) - {"serves"}
+            assert others | {report["serves"]} == set(backend.NAMES) and report["serves"] not in others
+            assert all(isinstance(reason, str) and reason for reason in report.values())
+    assert set(sparseft.backends()) == set(backend.OPERATIONS)
+
+
+def test_the_report_gives_reasons():
+    cpu = backend.backends()["masked_grad_"]["cpu"]
+    assert cpu["reference"] == "not needed: cpu is faster"
+    assert re.search("got cpu|is not there|failed to load", cpu["cuda"])
+    cuda = backend.backends()["masked_grad_"]["cuda"]
+    assert cuda["cpu"] == "it runs on cpu tensors only, got cuda"
+    with backend.forced("cpu"):
+        forced = backend.backends()["masked_grad_"]
+        assert forced["cpu"]["reference"] == "not chosen: another is forced"
+        assert forced["cuda"]["serves"] == "nothing: cpu is forced and it runs on cpu tensors only, got cuda"
+
+
+def test_forcing():
+    assert serving()[OPERATION] == "cpu"
+    try:
+        backend.force("reference")
+        assert set(serving().values()) == {"reference"}
+        assert backend.kernel(OPERATION, "cpu") is sparseft.reference.select_topk
+    finally:
+        backend.force(None)
+    assert serving()[OPERATION] == "cpu"
+
+
+def test_forced_nests_and_ends_with_an_error():
+    with backend.forced("reference"):
+        with backend.forced("cpu"):
+            assert serving()[OPERATION] == "cpu"
+        assert serving()[OPERATION] == "reference"
+        with backend.forced(None):
+            assert serving()[OPERATION] == "cpu"
+        with pytest.raises(KeyError), backend.forced("cpu"):
+            raise KeyError
+        assert serving()[OPERATION] == "reference"
+    assert serving()[OPERATION] == "cpu"
+
+
+def test_a_failed_force_changes_nothing():
+    with backend.forced("reference"):
+        with pytest.raises(ValueError, match=r"backend must be one of .* or None, got 'fpga'"):
+            backend.force("fpga")
+        assert serving()[OPERATION] == "reference"
+
+
+def test_a_missing_implementation_is_refused_with_its_reason(monkeypatch):
+    monkeypatch.setitem(backend._missing, "cuda", "_C_cuda.so failed to load: no such symbol")
+    with pytest.raises(
+        ValueError, match=r"backend 'cuda' is not available: _C_cuda\.so failed to load: no such symbol"
+    ):
+        backend.force("cuda")
+    assert backend.backends()[OPERATION]["cuda"]["cuda"] == "_C_cuda.so failed to load: no such symbol"
+
+
+def test_a_forced_implementation_never_falls_back():
+    with (
+        backend.forced("cpu"),
+        pytest.raises(RuntimeError, match=r"sparseft\.select_topk: forced backend 'cpu' cannot"),
+    ):
+        backend.kernel(OPERATION, "cuda")
+
+
+def test_every_device_has_an_implementation():
+    assert backend.kernel(OPERATION, "meta") is sparseft.reference.select_topk
+
+
+def test_the_operations_obey_forcing(monkeypatch):
+    """The dispatcher asks at each call, not once."""
+    calls = []
+
+    def spy(*args):
+        calls.append(args)
+        return torch.zeros(0, dtype=torch.int64)
+
+    monkeypatch.setattr(sparseft.reference, OPERATION, spy)
+    torch.ops.sparseft.select_topk([torch.ones(3)], [], 0, "abs")
+    assert not calls
+    with backend.forced("reference"):
+        torch.ops.sparseft.select_topk([torch.ones(3)], [], 0, "abs")
+    assert len(calls) == 1
+
+
+# None there makes `import triton` and find_spec("triton") behave as where it is not installed
+WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"
+
+
+def test_import_needs_no_triton():
+    done = run(
+        WITHOUT_TRITON + "import sparseft\n"
+        "report = sparseft.backends()['masked_grad_']\n"
+        "print(report['cpu']['serves'], '|', report['cuda']['triton'])"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "cpu | the package triton is not installed"
+
+
+def test_import_needs_no_triton_kernels_and_no_transformers():
+    """Importing starts nothing that only some uses need."""
+    done = run(
+        "import sys, sparseft; print([m for m in ('triton', 'transformers', 'peft', 'typer') if m in sys.modules])"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+CODE = "import sparseft; print({d['cpu']['serves'] for d in sparseft.backends().values()})"
+
+
+def test_the_environment_forces():
+    assert run(CODE, SPARSEFT_BACKEND="reference").stdout.strip() == "{'reference'}"
+    assert run(CODE, SPARSEFT_BACKEND="").stdout.strip() == "{'cpu'}"
+
+
+def test_the_environment_cannot_force_what_is_not_there():
+    done = run(CODE, SPARSEFT_BACKEND="fpga")
+    assert done.returncode != 0 and "backend must be one of" in done.stderr and "'fpga'" in done.stderr

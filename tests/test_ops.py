@@ -1,0 +1,537 @@
+"""The operations as torch ops: registration, compilation, autograd, version counters, and every error.
+
+What they compute is tested by the table in tests/kernels.
+"""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparseft import backend, ops
+from sparseft.pattern import Layout, Pattern, pack
+
+N, K, T = 11, 13, 5
+RAW = torch.ops.sparseft
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def served_by(request):
+    """Both implementations that every machine has, in turn."""
+    with backend.forced(request.param):
+        yield request.param
+
+
+def pattern(shape=(N, K), tile=(4, 8), density=0.3) -> Pattern:
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(len(tile) + shape[0])) < density
+    return Pattern.from_mask(mask, tile=tile, mass=torch.rand(shape, generator=torch.Generator().manual_seed(1)))
+
+
+def layers(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Layout]:
+    """Two weights and their packed layout."""
+    shapes = [(N, K), (6, 20)]
+    return [torch.randn(s).to(dtype) for s in shapes], pack([pattern(s) for s in shapes])
+
+
+# ---- samples: one set of arguments or more for every op; an op without is found below --------------------------
+
+
+def masked_grad_samples(dtype, **requires):
+    p = pattern()
+    grad_out, input = torch.randn(T, N).to(dtype), torch.randn(T, K).to(dtype)
+    compact = grad_out[:, p.rows.long()], input[:, p.cols.long()]
+    rest = (p.tiles, p.local, list(p.tile))
+    for g, x, rows, cols in ((grad_out, input, p.rows, p.cols), (*compact, None, None)):
+        yield (g.clone().requires_grad_(**requires), x.clone().requires_grad_(**requires), rows, cols, *rest)
+
+
+def samples(name: str) -> list[tuple]:
+    out = []
+    for dtype in (torch.float32, torch.bfloat16):
+        weights, layout = layers(dtype)
+        k = len(layout.local)
+        values, step = torch.randn(k), torch.tensor([1, 7])
+        if name == "masked_grad":
+            out += masked_grad_samples(dtype, requires_grad=dtype == torch.float32)
+        elif name == "masked_grad_":
+            for g, x, *where in masked_grad_samples(dtype, requires_grad=False):
+                out += [(torch.randn(len(where[3])), g, x, *where, accumulate) for accumulate in (False, True)]
+        elif name == "scatter_delta_":
+            out += [(weights, values, *layout, "add", 0.5), (weights, values, *layout, "copy", 1.0)]
+            out += [(weights, values.to(dtype), *layout, "swap", 1.0)]
+        elif name == "sparse_adamw_":
+            state = (weights, values, torch.randn(k), torch.randn(k), torch.rand(k))
+            numbers = (torch.tensor(0.01), 0.9, 0.999, 1e-8, 0.1)
+            base, born, one = values.to(dtype), torch.zeros(k, dtype=torch.int32), torch.tensor(1.0)
+            out += [(*state, None, step, None, *layout, *numbers, False, None, None)]
+            out += [(*state, base, step, born, *layout, *numbers, True, one, torch.tensor(0.0))]
+        elif name == "select_topk":
+            others = [torch.randn_like(w) for w in weights]
+            out += [(weights, [], 9, "abs"), (weights, others, 9, "product"), (weights[:1], [], 0, "abs")]
+    return out
+
+
+NAMES = (*ops.SCHEMAS, "masked_grad")
+
+
+def test_every_op_has_samples():
+    defined = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("sparseft::")}
+    assert defined == set(NAMES)
+    assert all(samples(name) for name in NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(served_by, name):
+    for args in samples(name):
+        torch.library.opcheck(getattr(RAW, name).default, args)
+
+
+def flat(args) -> list[Tensor]:
+    """All tensors of nested arguments."""
+    if isinstance(args, Tensor):
+        return [args]
+    return [t for a in args for t in flat(a)] if isinstance(args, (list, tuple)) else []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_without_graph_breaks(served_by, name):
+    torch._dynamo.reset()  # else the lambda's other compilations count against its recompile limit
+    op = getattr(RAW, name).default
+    compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")
+    for args in samples(name):
+        eager, traced = copy.deepcopy(args), copy.deepcopy(args)
+        expected, got = op(*eager), compiled(*traced)
+        for a, b in zip(flat((*eager, expected)), flat((*traced, got)), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_the_functions_compile_without_graph_breaks(served_by):
+    """The public functions, with a Pattern closed over: same results, forward and backward."""
+    weights, layout = layers()
+    p, k = pattern(), len(layout.local)
+    g, x = torch.randn(2, T, N, requires_grad=True), torch.randn(2, T, K, requires_grad=True)
+    step, lr = torch.tensor([3, 4]), torch.tensor(0.1)
+
+    def gradient(g, x):
+        return ops.masked_grad(g, x, p)
+
+    def write(weights, values, m, v):
+        ops.scatter_delta_(weights, values, layout, "add", 0.5)
+        ops.sparse_adamw_(weights, values, values * 2, m, v, layout, step=step, lr=lr)
+        return ops.select_topk(weights, 7)
+
+    for function, args in ((gradient, (g, x)), (write, (weights, torch.randn(k), torch.randn(k), torch.rand(k)))):
+        eager, traced = copy.deepcopy(args), copy.deepcopy(args)
+        expected = function(*eager)
+        got = torch.compile(function, fullgraph=True, backend="aot_eager")(*traced)
+        if function is gradient:
+            expected.square().sum().backward()
+            got.square().sum().backward()
+            eager, traced = [a.grad for a in eager], [a.grad for a in traced]
+        for a, b in zip(flat((*eager, expected)), flat((*traced, got)), strict=True):
+            assert torch.equal(a, b)
+
+
+# ---- autograd -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compact", ["neither", "rows", "cols", "both"])
+def test_masked_grad_derivatives(served_by, compact):
+    p, tokens = pattern((5, 6), tile=(2, 4), density=0.4), 3
+    rows = None if compact in ("rows", "both") else p.rows
+    cols = None if compact in ("cols", "both") else p.cols
+    g = torch.randn(tokens, 5 if rows is not None else len(p.rows), dtype=torch.float64, requires_grad=True)
+    x = torch.randn(tokens, 6 if cols is not None else len(p.cols), dtype=torch.float64, requires_grad=True)
+
+    def function(g, x):
+        return RAW.masked_grad(g, x, rows, cols, p.tiles, p.local, list(p.tile))
+
+    assert torch.autograd.gradcheck(function, (g, x))
+    assert torch.autograd.gradgradcheck(function, (g, x))
+
+
+def test_masked_grad_is_zero_where_tiles_are_absent(served_by):
+    p = pattern()
+    some = p.tiles[::2].contiguous()
+    out = RAW.masked_grad(torch.randn(T, N), torch.randn(T, K), p.rows, p.cols, some, p.local, list(p.tile))
+    present = torch.zeros(len(p), dtype=torch.bool)
+    for first, last in some[:, 3:].tolist():
+        present[first:last] = True
+    assert out[present].all()
+    assert not out[~present].any() and not present.all()
+    g = torch.randn(3, N, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, K, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda g, x: RAW.masked_grad(g, x, p.rows, p.cols, some, p.local, list(p.tile)), (g, x)
+    )
+
+
+def test_masked_grad_in_low_precision_has_gradients_of_the_operands_dtype(served_by):
+    g, x = (torch.randn(T, n, dtype=torch.bfloat16, requires_grad=True) for n in (N, K))
+    out = ops.masked_grad(g, x, pattern())
+    assert out.dtype == torch.float32
+    out.sum().backward()
+    assert g.grad.dtype == x.grad.dtype == torch.bfloat16
+
+
+def test_masked_grad_takes_operands_of_any_strides(served_by):
+    """Transposed, expanded (as from y.sum().backward()) and sliced operands, with any leading dimensions."""
+    p = pattern()
+    base = {"g": torch.randn(2, T, N), "x": torch.randn(2, T, K)}
+    expected = ops.masked_grad(base["g"], base["x"], p)
+    views = {
+        "transposed": lambda t: t.transpose(0, 2).contiguous().transpose(0, 2),
+        "sliced": lambda t: torch.stack([t, t * 2], dim=-1)[..., 0],
+        "padded": lambda t: torch.nn.functional.pad(t, (1, 2))[..., 1:-2],
+    }
+    for name, view in views.items():
+        got = ops.masked_grad(view(base["g"]), view(base["x"]), p)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5, msg=name)
+    one = torch.ones(()).expand(2 * T, N)
+    got = ops.masked_grad(one, base["x"].view(2 * T, K), p)
+    expected = ops.masked_grad(one.contiguous(), base["x"].view(2 * T, K), p)
+    assert torch.equal(got, expected)
+
+
+def test_masked_grad_accumulates_into_out(served_by):
+    p, out = pattern(), torch.ones(len(pattern()))
+    g, x = torch.randn(T, N), torch.randn(T, K)
+    assert ops.masked_grad(g, x, p, out=out) is out
+    torch.testing.assert_close(out, 1 + ops.masked_grad(g, x, p))
+
+
+def in_place(name: str):
+    """A call of each in-place function and the tensors that it writes."""
+    weights, layout = layers()
+    k = len(layout.local)
+    values, m, v = torch.randn(k), torch.randn(k), torch.rand(k)
+    if name == "masked_grad":
+        p = pattern()
+        out, g, x = torch.zeros(len(p)), torch.randn(T, N), torch.randn(T, K)
+        return [out], lambda: ops.masked_grad(g, x, p, out=out)
+    if name == "sparse_adamw_":
+        step, lr, grad = torch.tensor([1, 1]), torch.tensor(0.1), torch.randn(k)
+        return [*weights, values, m, v], lambda: ops.sparse_adamw_(
+            weights, values, grad, m, v, layout, step=step, lr=lr
+        )
+    mode = name.removeprefix("scatter_delta_").strip()
+    written = [*weights, values] if mode == "swap" else weights
+    return written, lambda: ops.scatter_delta_(weights, values, layout, mode)
+
+
+IN_PLACE = ("masked_grad", "scatter_delta_ add", "scatter_delta_ copy", "scatter_delta_ swap", "sparse_adamw_")
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_backward_through_an_overwritten_tensor_raises(served_by, name):
+    """The version counter of every written tensor moves: autograd notices that what it saved is gone."""
+    count = len(in_place(name)[0])
+    for i in range(count):
+        written, call = in_place(name)
+        leaf = torch.ones_like(written[i], requires_grad=True)
+        product = (leaf * written[i]).sum()  # saves written[i]
+        call()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_in_place_functions_refuse_to_break_autograd(served_by, name):
+    count = len(in_place(name)[0])
+    for i in range(count):
+        written, call = in_place(name)
+        written[i].requires_grad_(True)
+        before = [t.detach().clone() for t in written]
+        with pytest.raises(RuntimeError, match=r"not differentiable; call it under torch\.no_grad"):
+            call()
+        assert all(torch.equal(a, b) for a, b in zip(written, before, strict=True))
+        with torch.no_grad():
+            call()
+
+
+def test_inference_tensors_can_be_written(served_by):
+    with torch.inference_mode():
+        written, call = in_place("scatter_delta_ swap")
+        call()
+        assert all(t.is_inference() for t in written)
+
+
+# ---- errors: the argument, what was expected, what came; nothing written ---------------------------------------
+
+p0 = pattern()
+two, layout0 = layers()
+k0 = len(layout0.local)
+
+
+def adamw(**change):
+    """A call of sparse_adamw_ with some arguments changed."""
+    a = {
+        "weights": [w.clone() for w in two], "values": torch.zeros(k0), "grad": torch.ones(k0),
+        "exp_avg": torch.zeros(k0), "exp_avg_sq": torch.zeros(k0), "layout": layout0,
+        "step": torch.tensor([1, 1]), "lr": torch.tensor(0.1),
+    } | change  # fmt: skip
+    return a, lambda: ops.sparse_adamw_(**a)
+
+
+def scatter(**change):
+    a = {"weight": torch.randn(N, K), "values": torch.ones(len(p0)), "pattern": p0} | change
+    return a, lambda: ops.scatter_delta_(**a)
+
+
+def masked(**change):
+    a = {"grad_out": torch.randn(T, N), "input": torch.randn(T, K), "pattern": p0} | change
+    return a, lambda: ops.masked_grad(**a)
+
+
+def topk(**change):
+    a = {"scores": [torch.randn(4, 5), torch.randn(6)], "k": 3} | change
+    return a, lambda: ops.select_topk(**a)
+
+
+ERRORS = {
+    "grad_out width": (masked(grad_out=torch.randn(T, N + 1)), ValueError, "grad_out must be [..., 11], got (5, 12)"),
+    "grad_out scalar": (masked(grad_out=torch.randn(())), ValueError, "grad_out must be [..., 11], got ()"),
+    "input width": (masked(input=torch.randn(T, K - 1)), ValueError, "input must be [..., 13], got (5, 12)"),
+    "tokens": (masked(input=torch.randn(T + 1, K)), ValueError, "input must be leading dimensions (5,), got (6, 13)"),
+    "rank": (masked(input=torch.randn(1, T, K)), ValueError, "input must be leading dimensions (5,), got (1, 5, 13)"),
+    "input dtype": (
+        masked(input=torch.randn(T, K).half()),
+        TypeError,
+        "input must be torch.float32, got torch.float16",
+    ),
+    "integers": (
+        masked(grad_out=torch.ones(T, N, dtype=torch.int32), input=torch.ones(T, K, dtype=torch.int32)),
+        TypeError,
+        "grad_out must be torch.float32 or torch.bfloat16 or torch.float16 or torch.float64, got torch.int32",
+    ),
+    "out length": (masked(out=torch.zeros(len(p0) + 1)), ValueError, f"out must be [{len(p0)}], got ({len(p0) + 1},)"),
+    "out dtype": (
+        masked(out=torch.zeros(len(p0), dtype=torch.bfloat16)),
+        TypeError,
+        "out must be torch.float32, got torch.bfloat16",
+    ),
+    "mode": (scatter(mode="set"), ValueError, "mode must be 'add', 'copy' or 'swap', got 'set'"),
+    "no weights": (scatter(weight=[]), ValueError, "weights must hold at least one tensor, got none"),
+    "weight shape": (
+        scatter(weight=torch.zeros(K, N)),
+        ValueError,
+        "weight must be one of shape (11, 13), got [(13, 11)]",
+    ),
+    "two weights": (scatter(weight=[torch.zeros(N, K)] * 2), ValueError, "weight must be one of shape (11, 13), got"),
+    "weight strides": (
+        scatter(weight=torch.zeros(K, N).T),
+        ValueError,
+        "weight must be contiguous, got strides (1, 11)",
+    ),
+    "weight dtypes": (
+        scatter(weight=[torch.zeros(N, K), torch.zeros(6, 20).half()], pattern=layout0, values=torch.ones(k0)),
+        TypeError,
+        "weight must be torch.float32, got torch.float16",
+    ),
+    "values length": (scatter(values=torch.ones(3)), ValueError, f"values must be [{len(p0)}], got (3,)"),
+    "values dtype": (
+        scatter(values=torch.ones(len(p0), dtype=torch.float64)),
+        TypeError,
+        "values must be torch.float32",
+    ),
+    "swap dtype": (
+        scatter(weight=torch.zeros(N, K).half(), mode="swap"),
+        TypeError,
+        "values must be torch.float16, got torch.float32",
+    ),
+    "adamw no weights": (adamw(weights=[]), ValueError, "weights must hold at least one tensor, got none"),
+    "adamw strides": (
+        adamw(weights=[two[0], torch.zeros(20, 6).T]),
+        ValueError,
+        "weight must be contiguous, got strides (1, 6)",
+    ),
+    **{
+        f"adamw {name} length": (
+            adamw(**{name: torch.zeros(k0 - 1)}),
+            ValueError,
+            f"{name} must be [{k0}], got ({k0 - 1},)",
+        )
+        for name in ("values", "grad", "exp_avg", "exp_avg_sq", "base")
+    },
+    **{
+        f"adamw {name} dtype": (
+            adamw(**{name: torch.zeros(k0).half()}),
+            TypeError,
+            f"{name} must be torch.float32, got torch.float16",
+        )
+        for name in ("values", "grad", "exp_avg", "exp_avg_sq", "base")
+    },
+    "adamw born length": (adamw(born=torch.zeros(1, dtype=torch.int32)), ValueError, f"born must be [{k0}], got (1,)"),
+    "adamw born dtype": (
+        adamw(born=torch.zeros(k0, dtype=torch.int64)),
+        TypeError,
+        "born must be torch.int32, got torch.int64",
+    ),
+    "adamw step length": (adamw(step=torch.tensor([1])), ValueError, "step must be [2], got (1,)"),
+    "adamw step dtype": (adamw(step=torch.ones(2)), TypeError, "step must be torch.int64, got torch.float32"),
+    "no scores": (topk(scores=[]), ValueError, "scores must hold at least one tensor, got none"),
+    "score": (topk(score="square"), ValueError, "score must be 'abs' or 'product', got 'square'"),
+    "k negative": (topk(k=-1), ValueError, "k must lie in [0, 26], got -1"),
+    "k large": (topk(k=27), ValueError, "k must lie in [0, 26], got 27"),
+    "no others": (topk(score="product"), ValueError, "others must be shapes [(4, 5), (6,)], got []"),
+    "others for abs": (topk(others=torch.zeros(4, 5)), ValueError, "others must be shapes [], got [(4, 5)]"),
+    "others shape": (
+        topk(score="product", others=[torch.zeros(4, 5), torch.zeros(5)]),
+        ValueError,
+        "others must be shapes [(4, 5), (6,)], got [(4, 5), (5,)]",
+    ),
+    "others dtype": (
+        topk(score="product", others=[torch.zeros(4, 5), torch.zeros(6).double()]),
+        TypeError,
+        "others must be torch.float32, got torch.float64",
+    ),
+    "scores dtypes": (
+        topk(scores=[torch.zeros(4), torch.zeros(4).half()]),
+        TypeError,
+        "scores must be torch.float32, got torch.float16",
+    ),
+    "scores strides": (topk(scores=torch.zeros(4, 5).T), ValueError, "scores must be contiguous, got strides (1, 5)"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors(case):
+    (arguments, call), error, message = ERRORS[case]
+    tensors = flat([v for v in arguments.values() if not isinstance(v, Pattern)])
+    before = [t.clone() for t in tensors]
+    with pytest.raises(error, match=re.escape(message)):
+        call()
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+# ---- the compiled CPU kernels check everything again: they are reachable without the functions above ------------
+
+
+def raw_arguments(name: str) -> dict:
+    """Valid arguments of a kernel, by their names in its schema, as fp32."""
+    schema = getattr(torch.ops.sparseft_cpu, name).default._schema
+    args = samples(name)[3 if name == "sparse_adamw_" else 0]
+    if name == "sparse_adamw_":
+        args = samples(name)[1]
+    return dict(zip((a.name for a in schema.arguments), copy.deepcopy(args), strict=True))
+
+
+def edited(tensor: Tensor, at, value: int) -> Tensor:
+    out = tensor.clone()
+    out[at] = value
+    return out
+
+
+ENTRY_FAULTS = {
+    "rows dtype": lambda a: {"rows": a["rows"].long()},
+    "rows too large": lambda a: {"rows": edited(a["rows"], 0, 10_000)},
+    "rows negative": lambda a: {"rows": edited(a["rows"], 0, -1)},
+    "cols dtype": lambda a: {"cols": a["cols"].long()},
+    "cols too large": lambda a: {"cols": edited(a["cols"], 0, 10_000)},
+    "cols negative": lambda a: {"cols": edited(a["cols"], 0, -1)},
+    "tiles dtype": lambda a: {"tiles": a["tiles"].int()},
+    "tiles width": lambda a: {"tiles": a["tiles"][:, :4].contiguous()},
+    "tiles strides": lambda a: {"tiles": a["tiles"].T.contiguous().T},
+    "ROW0 too large": lambda a: {"tiles": edited(a["tiles"], (0, 1), 10_000)},
+    "ROW0 huge": lambda a: {"tiles": edited(a["tiles"], (0, 1), 2**63 - 1)},
+    "ROW0 negative": lambda a: {"tiles": edited(a["tiles"], (0, 1), -1)},
+    "COL0 too large": lambda a: {"tiles": edited(a["tiles"], (0, 2), 10_000)},
+    "COL0 negative": lambda a: {"tiles": edited(a["tiles"], (0, 2), -(2**62))},
+    "ENTRY0 negative": lambda a: {"tiles": edited(a["tiles"], (0, 3), -1)},
+    "ENTRY1 too large": lambda a: {"tiles": edited(a["tiles"], (-1, 4), 10_000)},
+    "ENTRY1 before ENTRY0": lambda a: {"tiles": edited(a["tiles"], (-1, 4), 0)},
+    "local dtype": lambda a: {"local": a["local"].int()},
+    "local beyond the tile": lambda a: {"local": edited(a["local"], -1, -1)},  # 65535
+    "local shorter": lambda a: {"local": a["local"][:-1].clone()},
+    "tile zero": lambda a: {"tile": [0, 8]},
+    "tile negative": lambda a: {"tile": [-4, -8]},
+    "tile too large": lambda a: {"tile": [257, 256]},
+    "tile overflow": lambda a: {"tile": [2**32, 2**32]},
+}
+LAYER_FAULTS = {
+    "LAYER too large": lambda a: {"tiles": edited(a["tiles"], (0, 0), 2)},
+    "LAYER negative": lambda a: {"tiles": edited(a["tiles"], (0, 0), -1)},
+    "weights none": lambda a: {"weights": []},
+    "weights too few": lambda a: {"weights": a["weights"][:1]},
+    "weights dtype": lambda a: {"weights": [w.int() for w in a["weights"]]},
+    "weights dtypes": lambda a: {"weights": [a["weights"][0], a["weights"][1].half()]},
+    "weights strides": lambda a: {"weights": [w.T.contiguous().T for w in a["weights"]]},
+    "weights dims": lambda a: {"weights": [w.view(-1) for w in a["weights"]]},
+    "weights smaller": lambda a: {"weights": [w[:-3, :-3].contiguous() for w in a["weights"]]},
+    "values length": lambda a: {"values": a["values"][:-1].clone()},
+    "values dtype": lambda a: {"values": a["values"].int()},
+    "values strides": lambda a: {"values": a["values"].repeat_interleave(2)[::2]},
+}
+
+
+def vector_faults(name: str) -> dict:
+    return {
+        f"{name} length": lambda a: {name: a[name][:-1].clone()},
+        f"{name} dtype": lambda a: {name: a[name].to(torch.float16)},
+        f"{name} strides": lambda a: {name: a[name].repeat_interleave(2)[::2]},
+    }
+
+
+FAULTS = {
+    "masked_grad_": ENTRY_FAULTS
+    | vector_faults("out")
+    | {
+        "grad_out dims": lambda a: {"grad_out": a["grad_out"][0]},
+        "grad_out tokens": lambda a: {"grad_out": a["grad_out"][:-1]},
+        "grad_out narrow": lambda a: {"grad_out": a["grad_out"][:, :2]},
+        "grad_out narrow, compact": lambda a: {"grad_out": a["grad_out"][:, :2], "rows": None},
+        "grad_out dtype": lambda a: {"grad_out": a["grad_out"].int(), "input": a["input"].int()},
+        "input dtype": lambda a: {"input": a["input"].double()},
+        "input narrow": lambda a: {"input": a["input"][:, :2]},
+        "input narrow, compact": lambda a: {"input": a["input"][:, :2], "cols": None},
+    },
+    "scatter_delta_": ENTRY_FAULTS
+    | LAYER_FAULTS
+    | {
+        "mode": lambda a: {"write_mode": "set"},
+        "swap dtype": lambda a: {"write_mode": "swap", "values": a["values"].half()},
+    },
+    "sparse_adamw_": ENTRY_FAULTS
+    | LAYER_FAULTS
+    | {
+        k: f
+        for name in ("grad", "exp_avg", "exp_avg_sq", "base", "born", "step")
+        for k, f in vector_faults(name).items()
+    }
+    | {
+        "lr two": lambda a: {"lr": torch.ones(2)},
+        "lr dtype": lambda a: {"lr": torch.tensor(1)},
+        "grad_scale two": lambda a: {"grad_scale": torch.ones(2)},
+        "grad_scale dtype": lambda a: {"grad_scale": torch.tensor(1.0, dtype=torch.float64)},
+        "found_inf two": lambda a: {"found_inf": torch.ones(2)},
+        "found_inf dtype": lambda a: {"found_inf": torch.tensor(True)},
+    },
+    "select_topk": {
+        "no scores": lambda a: {"scores": []},
+        "scores dtype": lambda a: {"scores": [s.int() for s in a["scores"]]},
+        "scores dtypes": lambda a: {"scores": [a["scores"][0], a["scores"][1].half()]},
+        "scores strides": lambda a: {"scores": [s.T for s in a["scores"]]},
+        "score": lambda a: {"score": "square"},
+        "k negative": lambda a: {"k": -1},
+        "k too large": lambda a: {"k": 10_000},
+        "others missing": lambda a: {"score": "product"},
+        "others too many": lambda a: {"others": a["scores"]},
+        "others sizes": lambda a: {"score": "product", "others": [s[1:].clone() for s in a["scores"]]},
+        "others dtype": lambda a: {"score": "product", "others": [s.double() for s in a["scores"]]},
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "fault"), [(name, fault) for name, faults in FAULTS.items() for fault in faults])
+def test_cpu_kernels_check_their_arguments(name, fault):
+    """A clear RuntimeError, and no tensor has changed."""
+    arguments = raw_arguments(name)
+    getattr(torch.ops.sparseft_cpu, name)(*arguments.values())  # valid so far
+    arguments |= FAULTS[name][fault](arguments)
+    tensors = flat(list(arguments.values()))
+    before = [t.clone() for t in tensors]
+    with pytest.raises(RuntimeError, match=name):
+        getattr(torch.ops.sparseft_cpu, name)(*arguments.values())
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
