@@ -16,7 +16,7 @@ from bench.quality import hypotheses, plan, report, tasks
 from bench.quality.execute import Bench, execute, pack_hits
 from bench.quality.likelihood import Tree, answer, batches_by_length, encode, tree_likelihoods
 from bench.quality.methods import METHODS, MasterAdamW, Setting, rank_density
-from bench.quality.plan import Run, Scale, choose_rate, todo, tuning
+from bench.quality.plan import Run, Scale, choose_rate, text, todo, tuning
 from bench.quality.store import Store
 from bench.quality.tasks import Item, Task
 from bench.quality.training import Schedule, batches, loss_of, train
@@ -259,7 +259,7 @@ def test_the_schedule_warms_up_and_never_stands_still():
 
 MINI = Scale("mini", steps=4, batch=4, tune_steps=2, rates=2, extensions=1, validation_rows=0, test_rows=0,
              other_rows=5, hellaswag_rows=4, seeds=(0, 1), tasks=("toy", "other"), claims=("sparse-1%", "lora-r8"),
-             hypotheses=False, time_of="lora-r8")  # fmt: skip
+             tuned=(), screen=0, hypotheses=False, time_of="lora-r8")  # fmt: skip
 
 
 def pretend(run: Run, accuracy: float, status: str = "ok") -> dict:
@@ -284,6 +284,22 @@ def test_the_plan_ends_and_repeats_nothing():
     timed = [r for r in seen if r.role == "time"]
     assert {(r.variant.name, r.steps) for r in timed} == {("sparse-1%", 4)}  # equal cost: equal steps
     assert len(timed) == 4
+
+
+def test_hypotheses_are_screened_at_the_rate_of_the_default():
+    rows, seen = [], []
+    scale = dataclasses.replace(MINI, screen=2, time_of="")
+    while runs := list(todo(rows, scale)):
+        seen.append(runs[0])
+        best = runs[0].variant.name == "sparse-1%" and text(runs[0].rate) == "0.003"
+        rows.append(pretend(runs[0], accuracy=0.6 if best else 0.5))
+    screened = [run for run in seen if run.role == "screen"]
+    sparse = [run for run in screened if run.variant.name != "lora-r8"]
+    assert {text(run.rate) for run in sparse} == {"0.003"}
+    assert {run.steps for run in screened} == {scale.tune_steps}
+    varied = {v.name for h in hypotheses.HYPOTHESES for v in h.variants}
+    assert {(run.variant.name, run.seed) for run in screened} >= set(itertools.product(varied, scale.seeds))
+    assert {run.task for run in screened} == {"toy"}
 
 
 def test_an_interrupted_study_goes_on_where_it_was():

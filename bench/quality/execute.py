@@ -64,9 +64,10 @@ def execute(run: Run, bench: Bench, progress: Progress | None = None) -> Row:
         gc.collect()
         ask = partial(answer, model, tokenizer, progress=progress)
         with evaluation:
-            if run.role == "tune":
+            if run.role in ("tune", "screen"):
                 found = ask(task, _some(task.validation, scale.validation_rows))
-                row |= {"validation_accuracy": found.accuracy, "validation_loss": found.loss}
+                row |= {"validation_accuracy": found.accuracy, "validation_loss": found.loss,
+                        "rows": len(found.hits), "hits": pack_hits(found.hits)}  # fmt: skip
             else:
                 row |= _test(run, bench, ask)
     except FloatingPointError as error:

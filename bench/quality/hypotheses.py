@@ -73,6 +73,7 @@ CLAIMS: tuple[Variant, ...] = (
     Variant("supertuning-1%", "supertuning", {"density": 0.01}),
     Variant("dense", "dense", rates=(3e-5, 1e-4, 3e-4)),
 )
+DENSITIES = ("density-0.5%", "density-2%", "density-5%")  # whether one rate suits all of them
 SMALL = ("sparse-1%", "lora-r8", "shira-r8", "supertuning-1%", "dense")  # of the claims, those of the small study
 
 NORMS = {"allocation": "layer", "train_norms": True}

@@ -5,9 +5,10 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from bench.quality.hypotheses import CLAIMS, HYPOTHESES, SMALL, UNTRAINED, Variant
+from bench.quality.hypotheses import CLAIMS, DENSITIES, HYPOTHESES, SMALL, SPARSE, UNTRAINED, Variant
 from bench.quality.store import Row
 
+ROLES = ("tune", "screen", "test", "time")
 FACTOR = 10**0.5  # between neighbouring rates
 
 
@@ -21,7 +22,9 @@ class Scale:
             so far lies at the edge.
         validation_rows, test_rows, other_rows, hellaswag_rows: questions asked at most; 0: all.
         tasks: the first one is also that of the hypotheses.
-        claims: names of the variants. `hypotheses`: whether these are run.
+        claims: names of the variants. `tuned`: names of variants of which only the best rate is asked.
+        screen: how many seeds of each hypothesis's variants are compared with their base at the base's rate, over
+            `tune_steps` on the validation part; 0: none. `hypotheses`: whether they are also tuned and tested.
         time_of: variant whose CPU time the others get in the second comparison, at equal time; "" for none.
     """
 
@@ -38,16 +41,19 @@ class Scale:
     seeds: tuple[int, ...]
     tasks: tuple[str, ...]
     claims: tuple[str, ...]
+    tuned: tuple[str, ...]
+    screen: int
     hypotheses: bool
     time_of: str
 
 
 FULL = Scale("full", steps=120, batch=16, tune_steps=60, rates=3, extensions=2, validation_rows=0, test_rows=0,
              other_rows=400, hellaswag_rows=400, seeds=(0, 1, 2), tasks=("banking77", "arc_easy"),
-             claims=tuple(v.name for v in CLAIMS), hypotheses=True, time_of="lora-r8")  # fmt: skip
+             claims=tuple(v.name for v in CLAIMS),
+             tuned=DENSITIES, screen=2, hypotheses=False, time_of="lora-r8")  # fmt: skip
 SMALL_SCALE = Scale("small", steps=24, batch=8, tune_steps=12, rates=2, extensions=0, validation_rows=40, test_rows=100,
                     other_rows=40, hellaswag_rows=40, seeds=(0,), tasks=("banking77", "arc_easy"),
-                    claims=SMALL, hypotheses=False, time_of="")  # fmt: skip
+                    claims=SMALL, tuned=(), screen=0, hypotheses=False, time_of="")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,8 @@ class Run:
     """One training with its evaluation.
 
     Attributes:
-        role: "tune" (judged on the validation part, to choose the rate), "test" (equal steps), "time" (equal time:
-            `steps` follow from what was measured).
+        role: "tune" (judged on the validation part, to choose the rate), "screen" (as short, to compare variants at one
+            rate), "test" (equal steps), "time" (equal time: `steps` follow from what was measured).
     """
 
     scale: Scale
@@ -97,6 +103,12 @@ def _ordered(rows: Sequence[Row], scale: Scale) -> Iterator[Run]:
     claims = [v for v in CLAIMS if v.name in scale.claims]
     extra = [v for h in HYPOTHESES for v in h.variants] if scale.hypotheses else []
     first = scale.tasks[:1]
+    for task in first:
+        for variant in claims:
+            yield from _tuned(rows, scale, variant, task, ())
+        yield from _screened(rows, scale, task)
+        for variant in (v for h in HYPOTHESES for v in h.variants if v.name in scale.tuned):
+            yield from _tuned(rows, scale, variant, task, ())
     for stage, tasks in ((claims, first), (extra, first), (claims, scale.tasks[1:])):
         for task in tasks:
             for variant in stage:
@@ -110,6 +122,18 @@ def _ordered(rows: Sequence[Row], scale: Scale) -> Iterator[Run]:
         for seed in scale.seeds:
             for variant in claims:
                 yield from _timed(rows, scale, variant, task, seed)
+
+
+def _screened(rows, scale: Scale, task: str) -> Iterator[Run]:
+    """Every variant of every hypothesis beside its base, seed by seed, all sparse ones at the rate of SPARSE."""
+    claims = {v.name: v for v in CLAIMS}
+    for seed in scale.seeds[: scale.screen]:
+        for h in HYPOTHESES:
+            bases = [claims[h.base]] if h.base in claims else []
+            for variant in (*bases, *h.variants):
+                rate, _ = choose_rate(rows, scale, claims.get(variant.name, SPARSE), task)
+                if rate is not None:
+                    yield Run(scale, variant, task, "screen", rate, seed, scale.tune_steps)
 
 
 def _tuned(rows, scale: Scale, variant: Variant, task: str, seeds: Sequence[int]) -> Iterator[Run]:

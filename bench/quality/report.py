@@ -57,14 +57,17 @@ def paired(rows: Sequence[Row], base: Sequence[Row]) -> tuple[float, float, int]
 def summary(rows: Sequence[Row]) -> str:
     """Markdown: per study, task and role one row per variant, then the hypotheses' paired differences."""
     parts = []
-    tested = [row for row in rows if row["role"] != "tune" and row["status"] == "ok"]
+    worked = [row for row in rows if row["status"] == "ok"]
+    tested = [row for row in worked if row["role"] in ("test", "time")]
     for study, task, role in _distinct((r["study"], r["task"], r["role"]) for r in tested):
         mine = [r for r in tested if (r["study"], r["task"], r["role"]) == (study, task, role)]
         equal = "time" if role == "time" else "steps"
         parts += [f"### {task}, equal {equal} ({study})", "", _variants(mine), ""]
-    found = _differences([r for r in tested if r["role"] == "test"])
-    if found:
-        parts += ["### Hypotheses, difference to the paired variant", "", found, ""]
+    for role, where in (("screen", "short runs at one rate, validation part"), ("test", "test part")):
+        if found := _differences([r for r in worked if r["role"] == role]):
+            parts += [f"### Hypotheses, difference to the paired variant ({where})", "", found, ""]
+    if tuned := _rates([r for r in worked if r["role"] == "tune"]):
+        parts += ["### Rates, accuracy on the validation part after the short runs", "", tuned, ""]
     failed = [row for row in rows if row["status"] != "ok"]
     parts += [f"{len(rows)} runs, {len(failed)} of them failed."]
     return "\n".join(parts)
@@ -91,14 +94,37 @@ def _differences(rows: Sequence[Row]) -> str:
         for variant in h.variants:
             for study, task in _distinct((r["study"], r["task"]) for r in rows if r["variant"] == variant.name):
                 here = [r for r in rows if (r["study"], r["task"]) == (study, task)]
-                found = paired([r for r in here if r["variant"] == variant.name],
-                               [r for r in here if r["variant"] == h.base])  # fmt: skip
+                mine, base = ([r for r in here if r["variant"] == name] for name in (variant.name, h.base))
+                found = paired(mine, base)
                 if found is not None:
                     mean, half, seeds = found
+                    loss = _mean_loss(mine, base) - _mean_loss(base, mine)
                     lines.append(f"| {h.name} | {variant.name} | {h.base} | {task} | {seeds} | "
-                                 f"{100 * mean:+.1f} ± {100 * half:.1f} |")  # fmt: skip
-    head = ["| hypothesis | variant | against | task | seeds | difference, points |", "|---|---|---|---|---|---|"]
+                                 f"{100 * mean:+.1f} ± {100 * half:.1f} | {loss:+.3f} |")  # fmt: skip
+    head = ["| hypothesis | variant | against | task | seeds | accuracy, points | loss of the right label |",
+            "|---|---|---|---|---|---|---|"]  # fmt: skip
     return "\n".join(head + lines) if lines else ""
+
+
+def _mean_loss(rows: Sequence[Row], others: Sequence[Row]) -> float:
+    """Over the seeds that `others` have too."""
+    seeds = {row["seed"] for row in others}
+    losses = [row.get("loss", row.get("validation_loss")) for row in rows if row["seed"] in seeds]
+    return sum(losses) / len(losses)
+
+
+def _rates(rows: Sequence[Row]) -> str:
+    lines = []
+    for task, name in _distinct((r["task"], r["variant"]) for r in rows):
+        mine = sorted((r for r in rows if (r["task"], r["variant"]) == (task, name)), key=lambda r: r["rate"])
+        tried = ", ".join(f"{r['rate']:.2g}: {100 * r['validation_accuracy']:.1f} % ({r['validation_loss']:.3f})"
+                          for r in mine)  # fmt: skip
+        lines.append(f"| {task} | {name} | {tried} |")
+    return (
+        "\n".join(["| task | variant | rate: accuracy (loss of the right label) |", "|---|---|---|", *lines])
+        if lines
+        else ""
+    )
 
 
 def _percent(values: Sequence[float]) -> str:
