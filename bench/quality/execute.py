@@ -45,9 +45,7 @@ def execute(run: Run, bench: Bench, progress: Progress | None = None) -> Row:
     prepare, training, evaluation = Clock(), Clock(), Clock()
     schedule = Schedule(run.steps)
     make = partial(batches, tokenizer, task.train, size=scale.batch, seed=run.seed)
-    labels = {label for item in task.train[:1] for label in item.labels}
-    tokens = [t for label in sorted(labels) for t in tokenizer(label, add_special_tokens=False).input_ids]
-    setting = Setting(run.rate, run.seed, lambda count: make(count=count), schedule, tokens)
+    setting = Setting(run.rate, run.seed, lambda count: make(count=count), schedule)
     try:
         torch.manual_seed(run.seed)
         with prepare:

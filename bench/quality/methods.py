@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import sparseft
 from bench.quality.training import Batch, Schedule, loss_of, train
@@ -17,19 +17,20 @@ from sparseft.layers import selected
 from sparseft.ops import scatter_delta_
 from sparseft.pattern import Pattern
 from sparseft.selection import eligible, select
+from sparseft.selection.targets import Targets, output_embedding
 
+SELECTION_BATCHES = 8  # of the training data, for the selection
 LINEARS = "all-linear"  # PEFT's word for every linear layer but the output head
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method may look at: the rate, the seed, batches of the training data, and ids of the labels' tokens."""
+    """What a method may look at: the rate, the seed, and batches of the training data."""
 
     rate: float
     seed: int
     batches: Callable[[int], list[Batch]]  # the first n of the run's training batches
     schedule: Schedule
-    label_tokens: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,25 @@ def dense(model: nn.Module, setting: Setting, *, weight_decay: float = 0.01) -> 
     return _masters(model, setting, weight_decay)
 
 
-def lora(model: nn.Module, setting: Setting, *, r: int = 8, alpha: float | None = None) -> Trainable:
-    """LoRA (Hu et al., 2022) on all linear layers, alpha = 2 r unless given, no dropout."""
+def lora(
+    model: nn.Module, setting: Setting, *, r: int = 8, alpha: float | None = None, train_targets: bool = False
+) -> Trainable:
+    """LoRA (Hu et al., 2022) on all linear layers, alpha = 2 r unless given, no dropout.
+
+    `train_targets`: also the embeddings of the tokens that sparseft would take (PEFT's trainable tokens).
+    """
     from peft import LoraConfig
 
+    tokens: dict[str, list[int]] | None = None
+    if train_targets:
+        entries = r * sum(n + m for n, m in (weight.shape for weight in eligible(model).values()))
+        targets = _targets(model, setting.batches(SELECTION_BATCHES))
+        rows = targets.rows(entries // 10)
+        tokens = {"embed_tokens": rows.tolist()}
     config = LoraConfig(
-        r=r, lora_alpha=2 * r if alpha is None else alpha, target_modules=LINEARS, task_type="CAUSAL_LM"
-    )
+        r=r, lora_alpha=2 * r if alpha is None else alpha, target_modules=LINEARS, task_type="CAUSAL_LM",
+        trainable_token_indices=tokens,
+    )  # fmt: skip
     return _peft(model, config, setting)
 
 
@@ -104,9 +117,9 @@ def supertuning(model: nn.Module, setting: Setting, *, density: float = 0.01, to
 
 def sparse(
     model: nn.Module, setting: Setting, *,
-    density: float = 0.01, as_lora: int = 0, batches: int = 8, score_after: int = 0, weight_decay: float = 0.01,
-    betas: tuple[float, float] = (0.9, 0.999), vector_rate: float = 1.0, label_rows: bool = False,
-    **selection: Any,
+    density: float = 0.01, as_lora: int = 0, batches: int = SELECTION_BATCHES, score_after: int = 0,
+    weight_decay: float = 0.01, betas: tuple[float, float] = (0.9, 0.999), vector_rate: float = 1.0,
+    train_targets: bool = False, **selection: Any,
 ) -> Trainable:  # fmt: skip
     """sparseft.
 
@@ -116,7 +129,8 @@ def sparse(
         score_after: first train so many steps with a first selection, select on what came out, and start again
             from the pretrained weights at the new entries.
         vector_rate: factor on the rate of norm and bias vectors (with `train_norms`).
-        label_rows: also train the embedding rows of the tokens of the labels.
+        train_targets: also train the output embedding's rows of the most frequent target tokens of these batches,
+            at most a tenth of the other entries.
         selection: further arguments of `sparseft.select`.
     """
     if as_lora:
@@ -136,8 +150,8 @@ def sparse(
         with torch.no_grad():
             for weight, base, pattern in learned:
                 scatter_delta_(weight, base, pattern, "copy")
-    if label_rows:
-        patterns |= _label_rows(model, setting.label_tokens, next(iter(patterns.values())).tile)
+    if train_targets:
+        patterns |= _target_rows(model, setting.batches(batches), patterns)
     sparseft.sparsify(model, patterns)
     vectors = [c.values for c in selected(model).values() if c.weight.dim() == 1]
     others = [c.values for c in selected(model).values() if c.weight.dim() > 1]
@@ -176,9 +190,19 @@ def _peft(model: nn.Module, config: Any, setting: Setting) -> Trainable:
     return _masters(wrapped, setting)
 
 
-def _label_rows(model: nn.Module, tokens: Sequence[int], tile: tuple[int, int]) -> dict[str, Pattern]:
-    embedding = model.get_input_embeddings().weight
-    name = next(name for name, p in model.named_parameters() if p is embedding)
-    rows = torch.tensor(sorted(set(tokens)))
-    indices: Tensor = (rows[:, None] * embedding.shape[1] + torch.arange(embedding.shape[1])).reshape(-1)
-    return {name: Pattern.from_indices(indices.to(embedding.device), embedding.shape, tile=tile)}
+def _targets(model: nn.Module, batches: Sequence[Batch]) -> Targets:
+    """The target tokens of some batches, counted."""
+    found = output_embedding(model)
+    assert found is not None
+    targets = Targets(found[1])
+    for _ in targets.counted(batches):
+        pass
+    return targets
+
+
+def _target_rows(model: nn.Module, batches: Sequence[Batch], patterns: dict[str, Pattern]) -> dict[str, Pattern]:
+    found = output_embedding(model)
+    assert found is not None
+    tile = next(iter(patterns.values())).tile
+    rows = _targets(model, batches).pattern(sum(map(len, patterns.values())) // 10, tile)
+    return {} if rows is None else {found[0]: rows}
