@@ -21,7 +21,8 @@ SCHEMAS = {
     "scatter_delta_": f"(Tensor(a!)[] weights, Tensor(b!) values, {_ENTRIES}, str write_mode, float alpha) -> ()",
     "sparse_adamw_": "(Tensor(a!)[] weights, Tensor(b!) values, Tensor grad, Tensor(c!) exp_avg, "
     f"Tensor(d!) exp_avg_sq, Tensor? base, Tensor step, Tensor? born, {_ENTRIES}, Tensor lr, float beta1, "
-    "float beta2, float eps, float weight_decay, bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()",
+    "float beta2, float eps, float weight_decay, bool maximize, Tensor? grad_scale, Tensor? found_inf, "
+    "SymInt? seed=None) -> ()",
     "select_topk": "(Tensor[] scores, Tensor[] others, SymInt k, str score) -> Tensor",
 }
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
@@ -81,7 +82,7 @@ def _(weights, values, rows, cols, tiles, local, tile, write_mode, alpha):
 
 @torch.library.register_fake("sparseft::sparse_adamw_")
 def _(weights, values, grad, exp_avg, exp_avg_sq, base, step, born, rows, cols, tiles, local, tile,
-      lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf):  # fmt: skip
+      lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf, seed=None):  # fmt: skip
     for state in (values, grad, exp_avg, exp_avg_sq):
         torch._check(state.shape == local.shape, lambda: "values, grad and both moments must be [k]")
 
