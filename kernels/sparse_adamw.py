@@ -52,7 +52,8 @@ def _adamw(
     weight, values, grad, exp_avg, exp_avg_sq, base, step, born, table, rows, cols, tiles, spans, reach, local,
     count, lr, beta1: tl.float64, beta2: tl.float64, log_beta1: tl.float64, log_beta2: tl.float64, eps: tl.float64,
     weight_decay: tl.float64, grad_scale, found_inf, seed,
-    STOCHASTIC: tl.constexpr, MAXIMIZE: tl.constexpr, TILE_COLS: tl.constexpr, COMPLETE: tl.constexpr, CHUNK: tl.constexpr,
+    STOCHASTIC: tl.constexpr, MAXIMIZE: tl.constexpr, TILE_COLS: tl.constexpr, COMPLETE: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     if found_inf is not None:
         if tl.load(found_inf) != 0:

@@ -306,9 +306,7 @@ def _expect_device(name: str, tensor: Tensor, like: Tensor) -> None:
     _expect(tensor.device == like.device, name, f"on {like.device}", tensor.device)
 
 
-def _expect_vector(
-    name: str, tensor: Tensor, length: int | None, dtypes: Sequence[torch.dtype], like: Tensor
-) -> None:
+def _expect_vector(name: str, tensor: Tensor, length: int | None, dtypes: Sequence[torch.dtype], like: Tensor) -> None:
     """Contiguous [length] (None: any length) on the device of `like`."""
     shape = (tensor.numel() if length is None else length,)
     _expect(tensor.shape == shape, name, "1-D" if length is None else f"[{length}]", tuple(tensor.shape))
@@ -325,7 +323,7 @@ def _expect_number(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], lik
 
 
 def _expect_layout(layout: Layout, like: Tensor) -> None:
-    """Dtypes, contiguity and device. (That indices are in bounds is for `Pattern.validate`; the C++ kernels check too.)"""
+    """Dtypes, contiguity and device. That indices are in bounds is for `Pattern.validate` (the C++ kernels check it)."""
     for name, tensor, dtype in (
         ("rows", layout.rows, torch.int32),
         ("cols", layout.cols, torch.int32),

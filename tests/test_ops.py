@@ -311,10 +311,11 @@ def layout_errors(function: str, layout: Layout, call) -> dict:
         out |= case(f"{name} dtype", TypeError, f"{name} must be {dtype}, got torch.int64", **{name: tensor.long()})
         out |= case(f"{name} strides", ValueError, f"{name} must be contiguous, got strides (2,)", **{name: wide[name]})
         out |= case(f"{name} device", ValueError, f"{name} must be on cpu, got meta", **{name: tensor.to("meta")})
-        out |= case(f"{name} rank", ValueError, f"{name} must be 1-D, got ({len(tensor)}, 1)", **{name: tensor[:, None]})
+        out |= case(f"{name} rank", ValueError, f"{name} must be 1-D, got", **{name: tensor[:, None]})
     out |= case("tiles width", ValueError, "tiles must be [n, 5], got", tiles=layout.tiles[:, :4])
     out |= case("tiles dtype", TypeError, "tiles must be torch.int64, got torch.int32", tiles=layout.tiles.int())
-    out |= case("tiles strides", ValueError, "tiles must be contiguous, got strides", tiles=layout.tiles.T.contiguous().T)
+    columns = layout.tiles.T.contiguous().T
+    out |= case("tiles strides", ValueError, "tiles must be contiguous, got strides", tiles=columns)
     return out
 
 

@@ -146,7 +146,7 @@ void sparse_adamw_cuda(std::vector<Tensor> weights, Tensor values, const Tensor&
     using S = Wide<W>;
     const auto run = [&](auto* numbers) {
       using V = std::remove_pointer_t<decltype(numbers)>;
-      const State<W, V> state{call.output<V>(values),      call.input<S>(grad), call.output<S>(exp_avg),
+      const State<W, V> state{call.output<V>(values),     call.input<S>(grad), call.output<S>(exp_avg),
                               call.output<S>(exp_avg_sq), call.input<W>(base), call.input<int32_t>(born)};
       bool aligned = is_aligned(entries.local);
       for (const void* pointer : std::initializer_list<const void*>{state.values, state.grad, state.exp_avg,

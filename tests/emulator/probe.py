@@ -72,6 +72,11 @@ def sparse_adamw_() -> None:
         hyper = (lr, 0.9, 0.999, 1e-8, 0.1, False, torch.tensor(0.5), torch.tensor(0.0))
         arguments = (weights, values, grad, exp_avg, exp_avg_sq, base, step, born, *layout, *hyper)
         both("sparse_adamw_", arguments, [*weights, values, exp_avg, exp_avg_sq])
+    grad, exp_avg, narrow = grad * 0, exp_avg * 0, values.bfloat16()  # decay alone, exact in fp32: the same bits
+    lr = torch.tensor(2.0**-4)
+    hyper = (lr, 0.9, 0.999, 1e-8, 2.0**-4, False, None, None, 99)
+    arguments = (weights, narrow, grad, exp_avg, exp_avg_sq, None, step, None, *layout, *hyper)
+    both("sparse_adamw_", arguments, [*weights, narrow, exp_avg, exp_avg_sq])
 
 
 def select_topk() -> None:

@@ -127,7 +127,7 @@ def test_bit_for_bit(implementation, memory, case, dtype, decay):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_a_whole_step(implementation, memory, dtype):
-    """Moments within their bounds; values one of the two neighbours of the exact result, and the same in the weights."""
+    """Moments within their bounds; values one of the exact result's two neighbours, and the same in the weights."""
     e = entries(Case("layers", ((13, 7), (64, 64), (1, 33), (31, 2), (65, 130)), (16, 16), 0.3, absent=0.2))
     a = without_masters(e, dtype) | {"weight_decay": 0.1, "grad_scale": torch.tensor(0.7), "maximize": True}
     a |= {"base": rounded(a["values"] * 0.5, dtype), "found_inf": torch.tensor(0.0)}
