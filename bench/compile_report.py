@@ -63,6 +63,8 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
         for mode in ("add", "copy", "swap"):
             yield f"{name} {mode}", partial(_scatter_delta, dtype, mode)
         yield name, partial(_sparse_adamw, dtype)
+        if dtype.itemsize == 2:
+            yield f"{name} no masters", partial(_sparse_adamw, dtype, seed=7)
         for score in ("abs", "product"):
             yield f"{name} {score}", partial(_select_topk, dtype, score)
 
@@ -87,14 +89,15 @@ def _scatter_delta(dtype: torch.dtype, mode: str) -> None:
     scatter_delta.scatter_delta_([torch.zeros(256, 256, dtype=dtype)], values, *layout, mode, 1.0)
 
 
-def _sparse_adamw(dtype: torch.dtype) -> None:
+def _sparse_adamw(dtype: torch.dtype, seed: int | None = None) -> None:
     layout = _layout()
     k, state = len(layout.local), _wide(dtype)
-    arena = [torch.zeros(k, dtype=state) for _ in range(4)]
+    values = torch.zeros(k, dtype=state if seed is None else dtype)
+    arena = [torch.zeros(k, dtype=state) for _ in range(3)]
     sparse_adamw.sparse_adamw_(
-        [torch.zeros(256, 256, dtype=dtype)], *arena, torch.zeros(k, dtype=dtype), torch.ones(1, dtype=torch.int64),
-        torch.zeros(k, dtype=torch.int32), *layout, torch.tensor(1e-3), 0.9, 0.999, 1e-8, 0.1, False,
-        torch.tensor(1.0), torch.tensor(0.0),
+        [torch.zeros(256, 256, dtype=dtype)], values, *arena, torch.zeros(k, dtype=dtype),
+        torch.ones(1, dtype=torch.int64), torch.zeros(k, dtype=torch.int32), *layout,
+        torch.tensor(1e-3), 0.9, 0.999, 1e-8, 0.1, False, torch.tensor(1.0), torch.tensor(0.0), seed,
     )  # fmt: skip
 
 

@@ -94,12 +94,15 @@ def entry_rows(size: int = 4096) -> list[Row]:
         with recorded() as launches:
             scatter_delta_([weight], values, *p.layout, mode, 1.0)
         rows.append(Row(f"scatter_delta {mode}", k * per_entry, *moved(launches)))
-    state = [torch.zeros(k) for _ in range(4)]
-    with recorded() as launches:
-        sparse_adamw_([weight], *state, torch.zeros(k, dtype=dtype), torch.ones(1, dtype=torch.int64), None, *p.layout,
-                      torch.tensor(1e-3), 0.9, 0.999, 1e-8, 0.1, False, None, None)  # fmt: skip
-    per_entry = 2 + 4 + 2 + 3 * 2 * 4 + 2  # position, gradient, base; moments and value; weight
-    return [*rows, Row("sparse_adamw", k * per_entry, *moved(launches))]
+    state, hyper = [torch.zeros(k) for _ in range(3)], (torch.tensor(1e-3), 0.9, 0.999, 1e-8, 0.1, False, None, None)
+    for label, seed, value in (("", None, 4), (", no masters", 7, 2)):
+        values = torch.zeros(k, dtype=torch.float32 if seed is None else dtype)
+        with recorded() as launches:
+            sparse_adamw_([weight], values, *state, torch.zeros(k, dtype=dtype), torch.ones(1, dtype=torch.int64), None,
+                          *p.layout, *hyper, seed)  # fmt: skip
+        per_entry = 2 + 4 + 2 + 2 * (2 * 4 + value) + 2  # position, gradient, base; moments and value; weight
+        rows.append(Row(f"sparse_adamw{label}", k * per_entry, *moved(launches)))
+    return rows
 
 
 def topk_rows(n: int = 300_000) -> list[Row]:

@@ -177,15 +177,19 @@ inline void check_sparse_adamw(const std::vector<Tensor>& weights, const Tensor&
                                const Tensor& step, const std::optional<Tensor>& born, const Tensor& rows,
                                const Tensor& cols, const Tensor& tiles, const Tensor& local,
                                const std::vector<int64_t>& tile, const Tensor& lr,
-                               const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
+                               const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+                               std::optional<int64_t> seed) {
   const char* op = "sparse_adamw_";
   check_weights(op, weights);
   const Tensor& like = weights[0];
   check_entries(op, rows, cols, tiles, local, tile, like);
   const ScalarType state = wide_type(like.scalar_type());
   const int64_t k = local.numel();
+  STD_TORCH_CHECK(!seed || like.element_size() == 2, op, ": with a seed weights must be float16 or bfloat16, got ",
+                  like.scalar_type());
+  check_vector(op, "values", values, seed ? like.scalar_type() : state, k, like);
   const std::initializer_list<std::pair<const char*, const Tensor*>> states = {
-      {"values", &values}, {"grad", &grad}, {"exp_avg", &exp_avg}, {"exp_avg_sq", &exp_avg_sq}};
+      {"grad", &grad}, {"exp_avg", &exp_avg}, {"exp_avg_sq", &exp_avg_sq}};
   for (const auto& [name, tensor] : states) check_vector(op, name, *tensor, state, k, like);
   if (base) check_vector(op, "base", *base, like.scalar_type(), k, like);
   if (born) check_vector(op, "born", *born, ScalarType::Int, k, like);

@@ -22,17 +22,43 @@ def _one_minus_power(log_beta, age):
     return tl.where(y > -0.5, -series, 1 - tl.exp(y))
 
 
-@triton.jit(do_not_specialize=["reach"])
+@triton.jit
+def _random_word(seed, number):
+    """Output `number` of the SplitMix64 generator seeded with `seed`, uint64; see `reference.random_bits`."""
+    z = seed + number.to(tl.uint64) * 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def _round_stochastically(x, random, dtype: tl.constexpr):
+    """fp32 to bf16 or fp16 with 16 random bits (int32); see `reference.round_stochastically`."""
+    bits = x.to(tl.int32, bitcast=True)
+    cut: tl.constexpr = 16 if dtype == tl.bfloat16 else 13
+    rounded = (((bits + (random >> (16 - cut))) >> cut) << cut).to(tl.float32, bitcast=True)
+    if dtype == tl.float16:
+        size = tl.abs(x)
+        small = size < 2.0**-14
+        steps = ((tl.where(small, size, 0.0) * 2.0**40).to(tl.int32) + random) >> 16
+        least = (steps.to(tl.float32) * 2.0**-24).to(tl.int32, bitcast=True) | ((bits >> 31) << 31)
+        rounded = tl.where(small, least.to(tl.float32, bitcast=True), rounded)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    return tl.where(finite, rounded, x).to(dtype)
+
+
+@triton.jit(do_not_specialize=["reach", "seed"])
 def _adamw(
     weight, values, grad, exp_avg, exp_avg_sq, base, step, born, table, rows, cols, tiles, spans, reach, local,
     count, lr, beta1: tl.float64, beta2: tl.float64, log_beta1: tl.float64, log_beta2: tl.float64, eps: tl.float64,
-    weight_decay: tl.float64, grad_scale, found_inf,
-    MAXIMIZE: tl.constexpr, TILE_COLS: tl.constexpr, COMPLETE: tl.constexpr, CHUNK: tl.constexpr,
+    weight_decay: tl.float64, grad_scale, found_inf, seed,
+    STOCHASTIC: tl.constexpr, MAXIMIZE: tl.constexpr, TILE_COLS: tl.constexpr, COMPLETE: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     if found_inf is not None:
         if tl.load(found_inf) != 0:
             return
-    state: tl.constexpr = values.dtype.element_ty
+    state: tl.constexpr = exp_avg.dtype.element_ty
     chunk = tl.program_id(0)
     entry = chunk.to(tl.int64) * CHUNK + tl.arange(0, CHUNK)  # [CHUNK]
     within = entry < count
@@ -40,7 +66,8 @@ def _adamw(
     layer, offset, held = locate(entry, position, chunk, tiles, spans, reach, table, rows, cols, TILE_COLS)
     mask = within if COMPLETE else held
 
-    age = tl.load(step + layer, mask=mask, other=1)
+    now = tl.load(step + layer, mask=mask, other=1)
+    age = now
     if born is not None:
         age -= tl.load(born + entry, mask=mask, other=0)
     correction1 = _one_minus_power(tl.cast(log_beta1, state), age.to(state))
@@ -57,11 +84,14 @@ def _adamw(
     v = v * tl.cast(beta2, state) + tl.cast(1 - beta2, state) * g * g
 
     rate = tl.load(lr).to(tl.float64)
-    w = tl.load(values + entry, mask=mask, other=0.0)
+    w = tl.load(values + entry, mask=mask, other=0.0).to(state)
     pull = w if base is None else w - tl.load(base + entry, mask=mask, other=0.0).to(state)
     w -= (rate * weight_decay).to(state) * pull
     w -= rate.to(state) / correction1 * m / (tl.sqrt(v) / tl.sqrt(correction2) + tl.cast(eps, state))
 
+    if STOCHASTIC:
+        word = _random_word(_random_word(tl.cast(seed, tl.uint64), now), entry)
+        w = _round_stochastically(w, (word >> 48).to(tl.int32), values.dtype.element_ty)
     tl.store(values + entry, w, mask=mask)
     tl.store(exp_avg + entry, m, mask=mask)
     tl.store(exp_avg_sq + entry, v, mask=mask)
@@ -70,7 +100,7 @@ def _adamw(
 
 def sparse_adamw_(
     weights, values, grad, exp_avg, exp_avg_sq, base, step, born, rows, cols, tiles, local, tile,
-    lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf,
+    lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf, seed=None,
 ):  # fmt: skip
     """See `reference.sparse_adamw_`. An `lr` in host memory is copied to the device, which a graph would freeze."""
     count = local.shape[0]
@@ -81,8 +111,8 @@ def sparse_adamw_(
         _adamw[(spans.shape[0],)](
             weights[0], values, grad, exp_avg, exp_avg_sq, base, step, born, address_table(weights), rows, cols,
             ordered, spans, reach, local, count, lr.to(local.device), beta1, beta2, _log(beta1), _log(beta2), eps,
-            weight_decay, grad_scale, found_inf,
-            MAXIMIZE=maximize, TILE_COLS=tile[1], COMPLETE=complete, CHUNK=CHUNK,
+            weight_decay, grad_scale, found_inf, seed or 0,
+            STOCHASTIC=seed is not None, MAXIMIZE=maximize, TILE_COLS=tile[1], COMPLETE=complete, CHUNK=CHUNK,
         )  # fmt: skip
 
 

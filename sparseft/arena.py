@@ -21,10 +21,13 @@ class Arena:
         self.weights = [c.weight for c in chosen]
         self.layout = pack([c.pattern for c in chosen])
         self.base = torch.cat([c.base for c in chosen])
+        dtype = self.weights[0].dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        self.seed = group["rounding_seed"] if dtype.itemsize == 2 else None
         self.values = torch.cat([leaf.detach() for leaf in self.leaves])
-        self.values = self.values.to(torch.promote_types(self.weights[0].dtype, torch.float32))  # after model.to(bf16)
-        self.grad = torch.zeros_like(self.values)
-        self.buffers = {name: _joined(self.leaves, state, name, self.values.dtype) for name in STATE}
+        self.values = self.values.to(wide if self.seed is None else dtype)  # also after model.to(bf16)
+        self.grad = torch.zeros_like(self.values, dtype=wide)
+        self.buffers = {name: _joined(self.leaves, state, name, wide) for name in STATE}
         zero = torch.zeros((), dtype=torch.int64)
         self.steps = torch.stack([state[leaf].get("step", zero).to(leaf.device) for leaf in self.leaves])
         aged = any("born" in state[leaf] for leaf in self.leaves)
@@ -87,7 +90,7 @@ class Arena:
             self.layout._replace(tiles=tiles),
             step=self.steps, lr=lr, betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
             base=self.base if group["decay_to"] == "pretrained" else None, born=self.born,
-            maximize=group["maximize"], grad_scale=grad_scale, found_inf=found_inf,
+            maximize=group["maximize"], grad_scale=grad_scale, found_inf=found_inf, seed=self.seed,
         )  # fmt: skip
         self._note_versions()
 

@@ -21,7 +21,8 @@ SCHEMAS = {
     "scatter_delta_": f"(Tensor(a!)[] weights, Tensor(b!) values, {_ENTRIES}, str write_mode, float alpha) -> ()",
     "sparse_adamw_": "(Tensor(a!)[] weights, Tensor(b!) values, Tensor grad, Tensor(c!) exp_avg, "
     f"Tensor(d!) exp_avg_sq, Tensor? base, Tensor step, Tensor? born, {_ENTRIES}, Tensor lr, float beta1, "
-    "float beta2, float eps, float weight_decay, bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()",
+    "float beta2, float eps, float weight_decay, bool maximize, Tensor? grad_scale, Tensor? found_inf, "
+    "SymInt? seed=None) -> ()",
     "select_topk": "(Tensor[] scores, Tensor[] others, SymInt k, str score) -> Tensor",
 }
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
@@ -81,7 +82,7 @@ def _(weights, values, rows, cols, tiles, local, tile, write_mode, alpha):
 
 @torch.library.register_fake("sparseft::sparse_adamw_")
 def _(weights, values, grad, exp_avg, exp_avg_sq, base, step, born, rows, cols, tiles, local, tile,
-      lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf):  # fmt: skip
+      lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf, seed=None):  # fmt: skip
     for state in (values, grad, exp_avg, exp_avg_sq):
         torch._check(state.shape == local.shape, lambda: "values, grad and both moments must be [k]")
 
@@ -145,11 +146,12 @@ def masked_grad(grad_out: Tensor, input: Tensor, pattern: Pattern, out: Tensor |
             tuple(input.shape))  # fmt: skip
     _expect_dtype("input", input, (grad_out.dtype,))
     _expect_dtype("grad_out", grad_out, (torch.float32, torch.bfloat16, torch.float16, torch.float64))
+    _expect_device("input", input, grad_out)
+    _expect_layout(pattern.layout, grad_out)
     flat = (grad_out.reshape(-1, pattern.shape[0]), input.reshape(-1, pattern.shape[1]))
     if out is None:
         return torch.ops.sparseft.masked_grad(*flat, *pattern.layout)
-    _expect(out.shape == pattern.local.shape, "out", f"[{len(pattern)}]", tuple(out.shape))
-    _expect_dtype("out", out, (_accumulator(grad_out.dtype),))
+    _expect_vector("out", out, len(pattern), (_accumulator(grad_out.dtype),), grad_out)
     _refuse_autograd("masked_grad(out=)", out, *flat)
     torch.ops.sparseft.masked_grad_(out, *flat, *pattern.layout, True)
     _bump(out)
@@ -181,8 +183,9 @@ def scatter_delta_(
     if mode not in ("add", "copy", "swap"):
         raise ValueError(f"mode must be 'add', 'copy' or 'swap', got {mode!r}")
     _expect_weights(weights, pattern)
-    _expect(values.shape == layout.local.shape, "values", f"[{len(layout.local)}]", tuple(values.shape))
-    _expect_dtype("values", values, (weights[0].dtype,) if mode == "swap" else (weights[0].dtype, torch.float32))
+    _expect_layout(layout, weights[0])
+    dtypes = (weights[0].dtype,) if mode == "swap" else (weights[0].dtype, torch.float32)
+    _expect_vector("values", values, len(layout.local), dtypes, weights[0])
     _refuse_autograd("scatter_delta_", *weights, values)
     torch.ops.sparseft.scatter_delta_([_matrix(w) for w in weights], values, *layout, mode, float(alpha))
     _bump(*weights, *([values] if mode == "swap" else []))
@@ -206,36 +209,48 @@ def sparse_adamw_(
     maximize: bool = False,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    seed: int | None = None,
 ) -> None:
     """One AdamW step over the selected entries of all layers, and the write into their weights.
 
     Args:
         weights: contiguous [N, K] each, one dtype; layer i of the layout is `weights[i]`.
-        values, grad, exp_avg, exp_avg_sq: contiguous [k], fp32 (fp64 for fp64 weights); `values` are the masters.
+        values, grad, exp_avg, exp_avg_sq: contiguous [k], fp32 (fp64 for fp64 weights); `values` are the masters
+            (but see `seed`).
         layout: from `pack`; a subset of its tiles updates only those.
         step: int64 [layers], each layer's step count including this one.
         lr: 0-dim fp32 or fp64 tensor, on the weights' device or the CPU (then read by the host).
         base: [k] in the weights' dtype; weight decay pulls towards it. None: towards zero.
         born: int32 [k], the layer's step count before the entry's first step; bias correction uses its own age.
         grad_scale: 0-dim fp32, multiplies the gradient. `found_inf`: 0-dim fp32; nonzero skips everything.
+        seed: for bf16 and fp16 weights without masters: `values` have the weights' dtype, and results are rounded
+            stochastically, with random bits that depend on (seed, step, entry) only.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; nothing was written.
+        RuntimeError: autograd would need a gradient through the write (call it under `torch.no_grad()`).
     """
     _expect_weights(weights, layout)
-    state = torch.promote_types(weights[0].dtype, torch.float32)
-    for name, tensor in (("values", values), ("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        _expect(tensor.shape == layout.local.shape, name, f"[{len(layout.local)}]", tuple(tensor.shape))
-        _expect_dtype(name, tensor, (state,))
+    _expect_layout(layout, weights[0])
+    k, dtype, state = len(layout.local), weights[0].dtype, _accumulator(weights[0].dtype)
+    if seed is not None and dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"with a seed weights must be torch.bfloat16 or torch.float16, got {dtype}")
+    _expect_vector("values", values, k, (state if seed is None else dtype,), weights[0])
+    for name, tensor in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        _expect_vector(name, tensor, k, (state,), weights[0])
     if base is not None:
-        _expect(base.shape == layout.local.shape, "base", f"[{len(layout.local)}]", tuple(base.shape))
-        _expect_dtype("base", base, (weights[0].dtype,))
+        _expect_vector("base", base, k, (dtype,), weights[0])
     if born is not None:
-        _expect(born.shape == layout.local.shape, "born", f"[{len(layout.local)}]", tuple(born.shape))
-        _expect_dtype("born", born, (torch.int32,))
-    _expect(step.shape == (len(weights),), "step", f"[{len(weights)}]", tuple(step.shape))
-    _expect_dtype("step", step, (torch.int64,))
+        _expect_vector("born", born, k, (torch.int32,), weights[0])
+    _expect_vector("step", step, len(weights), (torch.int64,), weights[0])
+    _expect_number("lr", lr, (torch.float32, torch.float64), None if lr.device.type == "cpu" else weights[0])
+    for name, number in (("grad_scale", grad_scale), ("found_inf", found_inf)):
+        if number is not None:
+            _expect_number(name, number, (torch.float32,), weights[0])
     _refuse_autograd("sparse_adamw_", *weights, values, exp_avg, exp_avg_sq)
     torch.ops.sparseft.sparse_adamw_(
         [_matrix(w) for w in weights], values, grad, exp_avg, exp_avg_sq, base, step, born, *layout,
-        lr, betas[0], betas[1], eps, weight_decay, maximize, grad_scale, found_inf,
+        lr, betas[0], betas[1], eps, weight_decay, maximize, grad_scale, found_inf, seed,
     )  # fmt: skip
     _bump(*weights, values, exp_avg, exp_avg_sq)
 
@@ -285,6 +300,41 @@ def _expect(ok: bool, name: str, expected: str, got: object) -> None:
 def _expect_dtype(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> None:
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+
+
+def _expect_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    _expect(tensor.device == like.device, name, f"on {like.device}", tensor.device)
+
+
+def _expect_vector(name: str, tensor: Tensor, length: int | None, dtypes: Sequence[torch.dtype], like: Tensor) -> None:
+    """Contiguous [length] (None: any length) on the device of `like`."""
+    shape = (tensor.numel() if length is None else length,)
+    _expect(tensor.shape == shape, name, "1-D" if length is None else f"[{length}]", tuple(tensor.shape))
+    _expect_dtype(name, tensor, dtypes)
+    _expect(tensor.is_contiguous(), name, "contiguous", f"strides {tensor.stride()}")
+    _expect_device(name, tensor, like)
+
+
+def _expect_number(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], like: Tensor | None) -> None:
+    _expect(tensor.numel() == 1, name, "one number", f"shape {tuple(tensor.shape)}")
+    _expect_dtype(name, tensor, dtypes)
+    if like is not None:
+        _expect_device(name, tensor, like)
+
+
+def _expect_layout(layout: Layout, like: Tensor) -> None:
+    """Dtypes, contiguity and device. That indices are in bounds is for `Pattern.validate` (the C++ kernels check it)."""
+    for name, tensor, dtype in (
+        ("rows", layout.rows, torch.int32),
+        ("cols", layout.cols, torch.int32),
+        ("local", layout.local, torch.int16),
+    ):
+        _expect_vector(name, tensor, None, (dtype,), like)
+    tiles = layout.tiles
+    _expect(tiles.dim() == 2 and tiles.shape[1] == 5, "tiles", "[n, 5]", tuple(tiles.shape))
+    _expect_dtype("tiles", tiles, (torch.int64,))
+    _expect(tiles.is_contiguous(), "tiles", "contiguous", f"strides {tiles.stride()}")
+    _expect_device("tiles", tiles, like)
 
 
 def _expect_weights(weights: Sequence[Tensor], where: Pattern | Layout) -> None:

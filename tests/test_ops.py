@@ -67,6 +67,9 @@ def samples(name: str) -> list[tuple]:
             base, born, one = values.to(dtype), torch.zeros(k, dtype=torch.int32), torch.tensor(1.0)
             out += [(*state, None, step, None, *layout, *numbers, False, None, None)]
             out += [(*state, base, step, born, *layout, *numbers, True, one, torch.tensor(0.0))]
+            if dtype == torch.bfloat16:
+                masterless = (weights, base.clone(), *state[2:], base, step, None)
+                out += [(*masterless, *layout, *numbers, False, None, None, 7)]
         elif name == "select_topk":
             others = [torch.randn_like(w) for w in weights]
             out += [(weights, [], 9, "abs"), (weights, others, 9, "product"), (weights[:1], [], 0, "abs")]
@@ -290,7 +293,76 @@ def topk(**change):
     return a, lambda: ops.select_topk(**a)
 
 
+def strided(k: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[k], every second element of a larger tensor."""
+    return torch.zeros(2 * k, dtype=dtype)[::2]
+
+
+def layout_errors(function: str, layout: Layout, call) -> dict:
+    """Errors in each tensor of a layout; `call` calls the function with a layout."""
+
+    def case(what: str, error: type, expected: str, **change):
+        return {f"{function} {what}": (call(layout._replace(**change)), error, expected)}
+
+    wide = {name: getattr(layout, name).repeat_interleave(2)[::2] for name in ("rows", "cols", "local")}
+    out = {}
+    for name, dtype in (("rows", torch.int32), ("cols", torch.int32), ("local", torch.int16)):
+        tensor = getattr(layout, name)
+        out |= case(f"{name} dtype", TypeError, f"{name} must be {dtype}, got torch.int64", **{name: tensor.long()})
+        out |= case(f"{name} strides", ValueError, f"{name} must be contiguous, got strides (2,)", **{name: wide[name]})
+        out |= case(f"{name} device", ValueError, f"{name} must be on cpu, got meta", **{name: tensor.to("meta")})
+        out |= case(f"{name} rank", ValueError, f"{name} must be 1-D, got", **{name: tensor[:, None]})
+    out |= case("tiles width", ValueError, "tiles must be [n, 5], got", tiles=layout.tiles[:, :4])
+    out |= case("tiles dtype", TypeError, "tiles must be torch.int64, got torch.int32", tiles=layout.tiles.int())
+    columns = layout.tiles.T.contiguous().T
+    out |= case("tiles strides", ValueError, "tiles must be contiguous, got strides", tiles=columns)
+    return out
+
+
 ERRORS = {
+    **layout_errors("adamw", layout0, lambda layout: adamw(layout=layout)),
+    **layout_errors("scatter", layout0, lambda layout: scatter(weight=two, values=torch.ones(k0), pattern=layout)),
+    **layout_errors(
+        "masked_grad", p0.layout, lambda layout: masked(pattern=Pattern(p0.shape, layout.tile, *layout[:4]))
+    ),
+    "input device": (
+        masked(input=torch.zeros(T, K, device="meta")),
+        ValueError,
+        "input must be on cpu, got meta",
+    ),
+    "out strides": (masked(out=strided(len(p0))), ValueError, "out must be contiguous, got strides (2,)"),
+    "values strides": (scatter(values=strided(len(p0))), ValueError, "values must be contiguous, got strides (2,)"),
+    **{
+        f"adamw {name} strides": (
+            adamw(**{name: strided(n, dtype)}),
+            ValueError,
+            f"{name} must be contiguous, got strides (2,)",
+        )
+        for name, n, dtype in (
+            *((name, k0, torch.float32) for name in ("values", "grad", "exp_avg", "exp_avg_sq", "base")),
+            ("born", k0, torch.int32),
+            ("step", 2, torch.int64),
+        )
+    },
+    "adamw grad device": (adamw(grad=torch.zeros(k0, device="meta")), ValueError, "grad must be on cpu, got meta"),
+    "lr": (adamw(lr=torch.ones(2)), ValueError, "lr must be one number, got shape (2,)"),
+    "lr dtype": (adamw(lr=torch.tensor(1)), TypeError, "lr must be torch.float32 or torch.float64, got torch.int64"),
+    "found_inf dtype": (
+        adamw(found_inf=torch.tensor(True)),
+        TypeError,
+        "found_inf must be torch.float32, got torch.bool",
+    ),
+    "grad_scale": (adamw(grad_scale=torch.ones(3)), ValueError, "grad_scale must be one number, got shape (3,)"),
+    "seed": (
+        adamw(seed=1),
+        TypeError,
+        "with a seed weights must be torch.bfloat16 or torch.float16, got torch.float32",
+    ),
+    "seed and masters": (
+        adamw(seed=1, weights=[w.bfloat16() for w in two]),
+        TypeError,
+        "values must be torch.bfloat16, got torch.float32",
+    ),
     "grad_out width": (masked(grad_out=torch.randn(T, N + 1)), ValueError, "grad_out must be [..., 11], got (5, 12)"),
     "grad_out scalar": (masked(grad_out=torch.randn(())), ValueError, "grad_out must be [..., 11], got ()"),
     "input width": (masked(input=torch.randn(T, K - 1)), ValueError, "input must be [..., 13], got (5, 12)"),
@@ -399,7 +471,7 @@ ERRORS = {
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors(case):
     (arguments, call), error, message = ERRORS[case]
-    tensors = flat([v for v in arguments.values() if not isinstance(v, Pattern)])
+    tensors = [t for t in flat([v for v in arguments.values() if not isinstance(v, Pattern)]) if not t.is_meta]
     before = [t.clone() for t in tensors]
     with pytest.raises(error, match=re.escape(message)):
         call()
@@ -412,9 +484,8 @@ def test_errors(case):
 def raw_arguments(name: str) -> dict:
     """Valid arguments of a kernel, by their names in its schema, as fp32."""
     schema = getattr(torch.ops.sparseft_cpu, name).default._schema
-    args = samples(name)[3 if name == "sparse_adamw_" else 0]
-    if name == "sparse_adamw_":
-        args = samples(name)[1]
+    args = samples(name)[1 if name == "sparse_adamw_" else 0]
+    args = (*args, *(a.default_value for a in schema.arguments[len(args) :]))
     return dict(zip((a.name for a in schema.arguments), copy.deepcopy(args), strict=True))
 
 
@@ -507,6 +578,8 @@ FAULTS = {
         "grad_scale dtype": lambda a: {"grad_scale": torch.tensor(1.0, dtype=torch.float64)},
         "found_inf two": lambda a: {"found_inf": torch.ones(2)},
         "found_inf dtype": lambda a: {"found_inf": torch.tensor(True)},
+        "seed with fp32 weights": lambda a: {"seed": 1},
+        "seed with masters": lambda a: {"seed": 1, "weights": [w.bfloat16() for w in a["weights"]], "base": None},
     },
     "select_topk": {
         "no scores": lambda a: {"scores": []},

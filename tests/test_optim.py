@@ -269,6 +269,29 @@ def test_bf16_weights_keep_fp32_masters(door):
 
 
 @pytest.mark.parametrize("door", DOORS)
+def test_without_masters_small_steps_add_up_on_average(door):
+    """As above, without fp32 masters; the bound (Azuma-Hoeffding) is that of tests/kernels/test_stochastic_rounding."""
+    model = Linear((60, 90), dtype=torch.bfloat16)
+    model.weights[0].data.fill_(1.0)
+    grads, steps, spacing = [torch.ones(60, 90, dtype=torch.bfloat16)], 100, 2.0**-8
+    optimizer, masks = run_steps(door, model, [grads] * steps, lr=1e-3, weight_decay=0.0, rounding_seed=3)
+    (leaf,) = leaves_of(optimizer)
+    assert leaf.dtype == torch.bfloat16 and torch.equal(leaf, selections(optimizer)[0].pattern.gather(model.weights[0]))
+    bound = spacing * math.sqrt(steps * math.log(2 / 1e-12) / (2 * len(leaf)))
+    assert abs(leaf.double().mean() - 0.9) <= bound < 0.1 / 10
+    assert bool((model.weights[0][~masks[0]] == 1).all())
+    assert all(optimizer.state[leaf][name].dtype == torch.float32 for name in ("exp_avg", "exp_avg_sq"))
+
+
+def test_a_rounding_seed_leaves_wider_weights_alone():
+    model, data = mlp(), batches(3)
+    patterns, plain = patterns_for(model), copy.deepcopy(model)
+    train(model, open_door("lean", model, patterns), data)
+    train(plain, open_door("lean", plain, patterns, rounding_seed=1), data)
+    assert same(weights(model), weights(plain))
+
+
+@pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_only_selected_entries_change_and_the_weight_is_the_rounded_master(door, dtype):
     model = mlp(dtype)
@@ -491,11 +514,13 @@ def _through_a_file(state: dict) -> dict:
 
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("order", ["model first", "optimizer first", "optimizer only"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_resumed_run_continues_bit_for_bit(door, dtype, order):
+@pytest.mark.parametrize(
+    ("dtype", "seed"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 5)], ids=str
+)
+def test_a_resumed_run_continues_bit_for_bit(door, dtype, seed, order):
     model, data = mlp(dtype), batches(7, dtype)
     patterns, pretrained = patterns_for(model), weights(model)
-    options = {"lr": 3e-3, "weight_decay": 0.3}
+    options = {"lr": 3e-3, "weight_decay": 0.3, "rounding_seed": seed}
     optimizer = open_door(door, model, patterns, **options)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     train(model, optimizer, data[:3])
@@ -802,6 +827,7 @@ BAD = {
     "eps": ({"eps": -1e-8}, "eps must be >= 0"),
     "weight_decay": ({"weight_decay": -0.1}, "weight_decay must be >= 0"),
     "decay_to": ({"decay_to": "mean"}, "decay_to must be 'pretrained' or 'zero', got 'mean'"),
+    "rounding_seed": ({"rounding_seed": 0.5}, "rounding_seed must be an integer or None, got 0.5"),
     "on_nonfinite": ({"on_nonfinite": "ignore"}, "on_nonfinite must be 'skip' or 'raise', got 'ignore'"),
 }
 BAD_DROP_IN = {

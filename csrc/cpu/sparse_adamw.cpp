@@ -5,6 +5,7 @@
 #include <array>
 #include <cmath>
 
+#include "../rounding.h"
 #include "worklist.h"
 
 namespace sparseft {
@@ -87,19 +88,27 @@ SPARSEFT_CLONES void update(const Span<W>& s, const Hyper<W>& h) {
   }
 }
 
+// Rounds the fp32 values of a run whose first entry is number `first`; `key` is the layer's of this step.
 template <typename T>
+SPARSEFT_CLONES void round_run(const float* from, int64_t count, uint64_t key, int64_t first, T* to) {
+  for (int64_t i = 0; i < count; ++i) round_stochastically(from[i], random_bits(key, first + i), to[i]);
+}
+
+// V: the values' dtype. Wide<T> where they are masters, T where they are the weights themselves (`seed` is given).
+template <typename T, typename V>
 struct State {
-  Wide<T>* values;
+  V* values;
   const Wide<T>* grad;
   Wide<T>* exp_avg;
   Wide<T>* exp_avg_sq;
   const T* base;        // or nullptr: decay towards zero
   const int64_t* step;  // [layers]
   const int32_t* born;  // or nullptr: every entry is as old as its layer
+  uint64_t seed;        // of stochastic rounding
 };
 
-template <typename T>
-void adamw(const std::vector<T*>& weights, const std::vector<Shape>& shapes, const State<T>& state,
+template <typename T, typename V>
+void adamw(const std::vector<T*>& weights, const std::vector<Shape>& shapes, const State<T, V>& state,
            const Worklist& work, double lr, double beta1, double beta2, const Hyper<Wide<T>>& hyper) {
   using W = Wide<T>;
   std::vector<Correction<W>> of_layer;
@@ -124,10 +133,21 @@ void adamw(const std::vector<T*>& weights, const std::vector<Shape>& shapes, con
         root[i] = own.root;
       }
     }
-    update<W>({count, state.values + first, state.grad + first, state.exp_avg + first, state.exp_avg_sq + first, target,
-               rate, root},
-              hyper);
-    for (int64_t i = 0; i < count; ++i) weight[flat[i]] = static_cast<T>(state.values[first + i]);
+    const auto updated = [&](W* values) {
+      update<W>(
+          {count, values, state.grad + first, state.exp_avg + first, state.exp_avg_sq + first, target, rate, root},
+          hyper);
+    };
+    V* values = state.values + first;
+    if constexpr (std::is_same_v<V, W>) {
+      updated(values);
+    } else {
+      W wide[kRun];
+      std::copy_n(values, count, wide);
+      updated(wide);
+      round_run(wide, count, random_word(state.seed, state.step[layer]), first, values);
+    }
+    for (int64_t i = 0; i < count; ++i) weight[flat[i]] = static_cast<T>(values[i]);
   });
 }
 
@@ -140,9 +160,9 @@ void sparse_adamw(std::vector<Tensor> weights, Tensor values, const Tensor& grad
                   std::optional<Tensor> base, const Tensor& step, std::optional<Tensor> born, const Tensor& rows,
                   const Tensor& cols, const Tensor& tiles, const Tensor& local, std::vector<int64_t> tile,
                   const Tensor& lr, double beta1, double beta2, double eps, double weight_decay, bool maximize,
-                  std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+                  std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<int64_t> seed) {
   check_sparse_adamw(weights, values, grad, exp_avg, exp_avg_sq, base, step, born, rows, cols, tiles, local, tile, lr,
-                     grad_scale, found_inf);
+                     grad_scale, found_inf, seed);
   const Worklist work(Order(rows, 0), Order(cols, 0), tiles, local, tile);
   const std::vector<Shape> shapes = shapes_of(weights);
   work.check_bounds("sparse_adamw_", shapes);
@@ -151,13 +171,6 @@ void sparse_adamw(std::vector<Tensor> weights, Tensor values, const Tensor& grad
   visit_float(weights[0].scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using W = Wide<T>;
-    const State<T> state{values.mutable_data_ptr<W>(),
-                         grad.const_data_ptr<W>(),
-                         exp_avg.mutable_data_ptr<W>(),
-                         exp_avg_sq.mutable_data_ptr<W>(),
-                         base ? base->const_data_ptr<T>() : nullptr,
-                         step.const_data_ptr<int64_t>(),
-                         born ? born->const_data_ptr<int32_t>() : nullptr};
     const Hyper<W> hyper{static_cast<W>(rate * weight_decay),
                          static_cast<W>(beta1),
                          static_cast<W>(1 - beta1),
@@ -165,7 +178,23 @@ void sparse_adamw(std::vector<Tensor> weights, Tensor values, const Tensor& grad
                          static_cast<W>(1 - beta2),
                          static_cast<W>(eps),
                          static_cast<W>(sign * (grad_scale ? number(*grad_scale) : 1))};
-    adamw(data_of<T>(weights), shapes, state, work, rate, beta1, beta2, hyper);
+    const auto run = [&](auto* numbers) {
+      using V = std::remove_pointer_t<decltype(numbers)>;
+      const State<T, V> state{numbers,
+                              grad.const_data_ptr<W>(),
+                              exp_avg.mutable_data_ptr<W>(),
+                              exp_avg_sq.mutable_data_ptr<W>(),
+                              base ? base->const_data_ptr<T>() : nullptr,
+                              step.const_data_ptr<int64_t>(),
+                              born ? born->const_data_ptr<int32_t>() : nullptr,
+                              static_cast<uint64_t>(seed.value_or(0))};
+      adamw(data_of<T>(weights), shapes, state, work, rate, beta1, beta2, hyper);
+    };
+    if (seed) {
+      if constexpr (sizeof(T) == 2) run(values.mutable_data_ptr<T>());
+    } else {
+      run(values.mutable_data_ptr<W>());
+    }
   });
 }
 

@@ -1,5 +1,6 @@
 // AdamW on the selected entries of all layers in one launch, and the write into their weights. Every number that
 // changes from step to step is read on the device, so that a captured graph stays right.
+#include "../rounding.h"
 #include "weights.cuh"
 
 namespace sparseft {
@@ -16,6 +17,7 @@ struct Hyper {
   const float* grad_scale;
   const float* found_inf;
   const int64_t* step;
+  uint64_t seed;  // of stochastic rounding
 
   __device__ double lr() const {
     if (lr32 != nullptr) return *lr32;
@@ -23,9 +25,10 @@ struct Hyper {
   }
 };
 
-template <typename W>
+// V: the values' dtype. Wide<W> where they are masters, W where they are the weights themselves (a seed was given).
+template <typename W, typename V>
 struct State {
-  Wide<W>* values;
+  V* values;
   const Wide<W>* grad;
   Wide<W>* exp_avg;
   Wide<W>* exp_avg_sq;
@@ -47,9 +50,20 @@ struct Correction {
   }
 };
 
-template <typename W>
+// What random bits are drawn from; neighbours mostly share their layer's step.
+struct Key {
+  int64_t step = INT64_MIN;
+  uint64_t word{};
+
+  __device__ uint64_t at(int64_t now, const Hyper& hyper) {
+    if (now != step) word = random_word(hyper.seed, step = now);
+    return word;
+  }
+};
+
+template <typename W, typename V>
 __global__ void __launch_bounds__(kEntryThreads, 2)
-    sparse_adamw(Table<Weight<W>> weights, State<W> state, Entries entries, Hyper hyper, bool aligned) {
+    sparse_adamw(Table<Weight<W>> weights, State<W, V> state, Entries entries, Hyper hyper, bool aligned) {
   using S = Wide<W>;
   if (hyper.found_inf != nullptr && *hyper.found_inf != 0) return;
   const double lr = hyper.lr();
@@ -60,7 +74,8 @@ __global__ void __launch_bounds__(kEntryThreads, 2)
   if (hyper.maximize) scale = -scale;
 
   Located<W> at[kQuads];
-  S values[kQuads][kQuad], grad[kQuads][kQuad], exp_avg[kQuads][kQuad], exp_avg_sq[kQuads][kQuad];
+  V values[kQuads][kQuad];
+  S grad[kQuads][kQuad], exp_avg[kQuads][kQuad], exp_avg_sq[kQuads][kQuad];
   W base[kQuads][kQuad] = {};
   int32_t born[kQuads][kQuad] = {};
   locate_quads(at, entries, weights, aligned);
@@ -74,20 +89,27 @@ __global__ void __launch_bounds__(kEntryThreads, 2)
     if (state.born != nullptr) at[q].quad.read(born[q], state.born);
   }
   Correction<S> correction;
+  Key key;
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) {
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
       if (at[q].weight[i] == nullptr) continue;
-      S &w = values[q][i], &m = exp_avg[q][i], &v = exp_avg_sq[q][i];
-      correction.at(hyper.step[at[q].layer[i]] - born[q][i], lr, hyper);
+      S w = static_cast<S>(values[q][i]), &m = exp_avg[q][i], &v = exp_avg_sq[q][i];
+      const int64_t step = hyper.step[at[q].layer[i]];
+      correction.at(step - born[q][i], lr, hyper);
       const S g = grad[q][i] * scale;
       const S target = state.base != nullptr ? static_cast<S>(base[q][i]) : S{0};
       w -= decay * (w - target);
       m = fresh1 < S{0.5} ? m + fresh1 * (g - m) : g - (g - m) * (S{1} - fresh1);  // torch.lerp: each exact at its end
       v = v * beta2 + fresh2 * g * g;
       w -= correction.rate * m / (sqrt(v) / correction.root + eps);
-      *at[q].weight[i] = static_cast<W>(w);
+      if constexpr (std::is_same_v<V, S>) {
+        values[q][i] = w;
+      } else {
+        round_stochastically(w, random_bits(key.at(step, hyper), at[q].quad.entry + i), values[q][i]);
+      }
+      *at[q].weight[i] = static_cast<W>(values[q][i]);
     }
     at[q].quad.write(state.values, values[q]);
     at[q].quad.write(state.exp_avg, exp_avg[q]);
@@ -100,9 +122,9 @@ void sparse_adamw_cuda(std::vector<Tensor> weights, Tensor values, const Tensor&
                        const Tensor& rows, const Tensor& cols, const Tensor& tiles, const Tensor& local,
                        std::vector<int64_t> tile, const Tensor& lr, double beta1, double beta2, double eps,
                        double weight_decay, bool maximize, std::optional<Tensor> grad_scale,
-                       std::optional<Tensor> found_inf) {
+                       std::optional<Tensor> found_inf, std::optional<int64_t> seed) {
   check_sparse_adamw(weights, values, grad, exp_avg, exp_avg_sq, base, step, born, rows, cols, tiles, local, tile, lr,
-                     grad_scale, found_inf);
+                     grad_scale, found_inf, seed);
   Call call(weights[0]);
   const Entries entries = make_entries(call, rows, cols, tiles, local, tile);
   Hyper hyper{beta1, beta2, eps, weight_decay, maximize};
@@ -118,18 +140,27 @@ void sparse_adamw_cuda(std::vector<Tensor> weights, Tensor values, const Tensor&
   hyper.grad_scale = call.input<float>(grad_scale);
   hyper.found_inf = call.input<float>(found_inf);
   hyper.step = call.input<int64_t>(step);
+  hyper.seed = static_cast<uint64_t>(seed.value_or(0));
   visit_float(weights[0].scalar_type(), [&](auto tag) {
     using W = typename decltype(tag)::type;
     using S = Wide<W>;
-    const State<W> state{call.output<S>(values),     call.input<S>(grad), call.output<S>(exp_avg),
-                         call.output<S>(exp_avg_sq), call.input<W>(base), call.input<int32_t>(born)};
-    bool aligned = is_aligned(entries.local);
-    for (const void* pointer : std::initializer_list<const void*>{state.values, state.grad, state.exp_avg,
-                                                                  state.exp_avg_sq, state.base, state.born}) {
-      aligned = aligned && is_aligned(pointer);
+    const auto run = [&](auto* numbers) {
+      using V = std::remove_pointer_t<decltype(numbers)>;
+      const State<W, V> state{call.output<V>(values),     call.input<S>(grad), call.output<S>(exp_avg),
+                              call.output<S>(exp_avg_sq), call.input<W>(base), call.input<int32_t>(born)};
+      bool aligned = is_aligned(entries.local);
+      for (const void* pointer : std::initializer_list<const void*>{state.values, state.grad, state.exp_avg,
+                                                                    state.exp_avg_sq, state.base, state.born}) {
+        aligned = aligned && is_aligned(pointer);
+      }
+      call.launch(sparse_adamw<W, V>, entry_blocks(entries, kQuads), kEntryThreads, 0, make_weights<W>(call, weights),
+                  state, entries, hyper, aligned);
+    };
+    if (seed) {
+      if constexpr (sizeof(W) == 2) run(static_cast<W*>(nullptr));
+    } else {
+      run(static_cast<S*>(nullptr));
     }
-    call.launch(sparse_adamw<W>, entry_blocks(entries, kQuads), kEntryThreads, 0, make_weights<W>(call, weights), state,
-                entries, hyper, aligned);
   });
 }
 

@@ -30,7 +30,7 @@ KINDS = {  # flags of the emulator, of the kernels, of the link
 def build(kind: str = "checked", edit: Callable[[Path, str], str] = lambda path, text: text) -> Path:
     """The library of one kind; what has not changed is not compiled again. `edit` may change a source's text first."""
     texts = {path.name: edit(path, path.read_text()) for path in sorted((ROOT / "csrc" / "cuda").iterdir())}
-    texts["common.h"] = (ROOT / "csrc" / "common.h").read_text()
+    texts |= {path.name: path.read_text() for path in (ROOT / "csrc").glob("*.h")}
     texts |= {path.name: path.read_text() for path in HERE.glob("emulator.*")}
     names = ["emulator.cpp", *(name for name in texts if name.endswith(".cu"))]
     with ThreadPoolExecutor(2) as pool:
@@ -56,7 +56,7 @@ def _compile(kind: str, name: str, texts: dict[str, str]) -> Path:
     target = folder.with_suffix(".o")
     if not target.exists():
         for file in needed:
-            place = folder / ("common.h" if file == "common.h" else f"cuda/{file}")
+            place = folder / (file if (ROOT / "csrc" / file).exists() else f"cuda/{file}")
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_text(texts[file])
         _make(target, ["g++", *flags, f"-I{folder}/cuda", "-x", "c++", "-c", str(folder / "cuda" / name)])

@@ -72,6 +72,11 @@ def sparse_adamw_() -> None:
         hyper = (lr, 0.9, 0.999, 1e-8, 0.1, False, torch.tensor(0.5), torch.tensor(0.0))
         arguments = (weights, values, grad, exp_avg, exp_avg_sq, base, step, born, *layout, *hyper)
         both("sparse_adamw_", arguments, [*weights, values, exp_avg, exp_avg_sq])
+    grad, exp_avg, narrow = grad * 0, exp_avg * 0, values.bfloat16()  # decay alone, exact in fp32: the same bits
+    lr = torch.tensor(2.0**-4)
+    hyper = (lr, 0.9, 0.999, 1e-8, 2.0**-4, False, None, None, 99)
+    arguments = (weights, narrow, grad, exp_avg, exp_avg_sq, None, step, None, *layout, *hyper)
+    both("sparse_adamw_", arguments, [*weights, narrow, exp_avg, exp_avg_sq])
 
 
 def select_topk() -> None:
@@ -101,7 +106,17 @@ def offsets_beyond_int32() -> None:
     both("masked_grad_", (out, matrix, matrix, *layout, False), [out])
 
 
-PROBES = {f.__name__: f for f in (masked_grad_, scatter_delta_, sparse_adamw_, select_topk, offsets_beyond_int32)}
+def scores_beyond_int32() -> None:
+    """For a library whose select_topk was told that every tensor's first 2^31 scores have been passed over."""
+    for dtype in (torch.float32, torch.bfloat16):
+        scores, far = torch.randint(0, 50, (9001,)).to(dtype), 2**31
+        for k in (1, 3001, 9001):
+            got = EMULATED.select_topk([scores], [], k, "abs")
+            assert torch.equal(got, reference.select_topk([scores], [], k, "abs") + far), "positions beyond 2^31"
+
+
+OPERATIONS = (masked_grad_, scatter_delta_, sparse_adamw_, select_topk)
+PROBES = {f.__name__: f for f in (*OPERATIONS, offsets_beyond_int32, scores_beyond_int32)}
 
 
 def probe(name: str) -> None:
@@ -116,7 +131,7 @@ def main() -> None:
     library, seed, *names = sys.argv[1:]
     emulator = Emulator(Path(library))
     emulator.configure(seed=int(seed))
-    for name in names or PROBES:
+    for name in names:
         probe(name)
 
 

@@ -35,15 +35,18 @@ def assert_model(traffic, weight: torch.Tensor) -> None:
     assert abs(traffic.distinct_sectors / model - 1) < 0.05
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_sparse_adamw(emulator, layout, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "seed"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 7)], ids=str
+)
+def test_sparse_adamw(emulator, layout, dtype, seed):
     emulator.configure(sectors=True)
     weight = torch.randn(ROWS, COLUMNS).to(dtype)
     values, grad, exp_avg, exp_avg_sq = (torch.rand(ENTRIES) for _ in range(4))
+    values = values if seed is None else values.to(dtype)
     base = torch.zeros(ENTRIES, dtype=dtype)
     state, step = (values, grad, exp_avg, exp_avg_sq, base), torch.tensor([1])
     hyper = (torch.tensor(0.1), 0.9, 0.999, 1e-8, 0.1, False, None, None)
-    torch.ops.sparseft_cuda.sparse_adamw_([weight], *state, step, None, *layout, *hyper)
+    torch.ops.sparseft_cuda.sparse_adamw_([weight], *state, step, None, *layout, *hyper, seed)
     changed = {"values": values, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     constant = {"grad": grad, "base": base, "local": layout[3]}
     assert_streamed(emulator, {name: (t, name in changed) for name, t in {**changed, **constant}.items()})

@@ -1,5 +1,7 @@
 """select_topk against a stable sort of the keys by numpy: exact, including which of equal scores is taken."""
 
+import os
+
 import numpy
 import pytest
 import torch
@@ -125,3 +127,49 @@ def test_same_positions_on_every_run(implementation):
         with threads_set(threads):
             runs.append(implementation([scores], [], 12_345, "abs"))
     assert all(torch.equal(run, runs[0]) for run in runs[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_tensors_far_apart(implementation, dtype):
+    """Their addresses differ by more than 2^31 elements (virtual memory: only the tensors' pages are touched)."""
+    far = 2**31 + 129
+    space = torch.empty(far + 5000, dtype=dtype, device=implementation.device)
+    scores = [distribution("ties", n, dtype) for n in (777, 4500)]
+    placed = [space[:777], space[far : far + 4500]]
+    for place, source in zip(placed, scores, strict=True):
+        place.copy_(source)
+    for several, source in ((placed, scores), (placed[::-1], scores[::-1])):
+        for k in (1, 1000, 5277):
+            assert torch.equal(implementation(several, [], k, "abs").cpu(), oracle(source, [], k, "abs"))
+
+
+@pytest.mark.slow
+def test_more_than_2_31_scores(implementation):
+    """2^31 + 1001 scores: 128 copies of 2^24 normal numbers and a tail, so that ties cross every border."""
+    name, on_cpu = implementation.name, implementation.device == "cpu"
+    if on_cpu and name != "cpu":
+        pytest.skip(f"{name} would take hours or 60 GB for 2^31 scores on a CPU")
+    if os.environ.get("SPARSEFT_LARGE") != "1":
+        pytest.skip("takes 6 GB and a minute: set SPARSEFT_LARGE=1")
+    if on_cpu and (free := os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) < 6 << 30:
+        pytest.skip(f"needs 6 GB of free memory, there are {free / 2**30:.1f}")
+    m, copies, k = 1 << 24, 128, 1_000_003
+    chunk, tail = (distribution("normal", n, torch.bfloat16) for n in (m, 1001))
+    tail[-1] = 100.0
+    scores = torch.empty(copies * m + len(tail), dtype=torch.bfloat16, device=implementation.device)
+    scores[: copies * m].view(copies, m)[:] = chunk.to(implementation.device)
+    scores[copies * m :] = tail
+    got = implementation([scores], [], k, "abs").cpu()
+    keys, last = (x.view(torch.int16).numpy() & 0x7FFF for x in (chunk, tail))
+    count = copies * numpy.bincount(keys, minlength=2**15) + numpy.bincount(last, minlength=2**15)
+    at_least = count[::-1].cumsum()[::-1]  # keys of at least each value
+    threshold = int((at_least >= k).nonzero()[0][-1])
+
+    def places(condition) -> numpy.ndarray:
+        inside = numpy.arange(copies)[:, None] * m + condition(keys).nonzero()[0]
+        return numpy.concatenate([inside.ravel(), copies * m + condition(last).nonzero()[0]])
+
+    above, equal = places(lambda x: x > threshold), places(lambda x: x == threshold)
+    want = numpy.sort(numpy.concatenate([above, equal[: k - len(above)]]))
+    assert want[-1] > 2**31 and len(equal) > k - len(above) > 0
+    assert torch.equal(got, torch.from_numpy(want))

@@ -64,13 +64,14 @@ def start(e: Entries, dtype: torch.dtype) -> dict:
         "maximize": False,
         "grad_scale": None,
         "found_inf": None,
+        "seed": None,
     }
 
 
 def call(function, a: dict) -> None:
     order = ("weights", "values", "grad", "exp_avg", "exp_avg_sq", "base", "step", "born")
     function(*(a[name] for name in order), *a["layout"], a["lr"], *a["betas"], a["eps"], a["weight_decay"],
-             a["maximize"], a["grad_scale"], a["found_inf"])  # fmt: skip
+             a["maximize"], a["grad_scale"], a["found_inf"], a["seed"])  # fmt: skip
 
 
 def place(a: dict, put) -> dict:
