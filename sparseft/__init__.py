@@ -6,6 +6,7 @@ from sparseft.delta import Delta
 from sparseft.layers import SparseLinear, densify, parameters, sparsify
 from sparseft.optim import SparseAdamW
 from sparseft.pattern import Pattern
+from sparseft.reselection import patterns, reselect, select_late
 from sparseft.selection import select
 
 __all__ = [
@@ -17,6 +18,9 @@ __all__ = [
     "densify",
     "ops",
     "parameters",
+    "patterns",
+    "reselect",
     "select",
+    "select_late",
     "sparsify",
 ]

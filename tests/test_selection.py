@@ -14,9 +14,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
-from sparseft.layers import sparsify
+from sparseft.layers import selected, sparsify
+from sparseft.optim import SparseAdamW
 from sparseft.pattern import Pattern, matrix_shape
-from sparseft.selection import ALLOCATIONS, CRITERIA, Allocation, Criterion, StreamingTopK, eligible, lift, select
+from sparseft.selection import (
+    ALLOCATIONS,
+    CRITERIA,
+    Allocation,
+    Criterion,
+    StreamingTopK,
+    eligible,
+    lift,
+    select,
+    vectors,
+)
 
 VOCAB = 61
 TILE = (8, 8)
@@ -1072,8 +1083,59 @@ def test_integer_parameters_are_never_eligible():
     assert patterns.keys() == {"up.weight", "down.weight"}
 
 
-def test_a_sparsified_model_is_refused():
-    model = torch.nn.Linear(8, 8)
-    sparsify(model, select(model, criterion="magnitude", density=0.1))
-    with pytest.raises(ValueError, match="densify"):
-        select(model, criterion="magnitude", density=0.1)
+@pytest.mark.parametrize("criterion", ["grad", "taylor", "fisher", "wanda", "magnitude"])
+@pytest.mark.parametrize("which", MODELS)
+def test_a_sparsified_model_is_scored_as_the_plain_one_with_its_weights(which, criterion):
+    make, batches, loss_fn = MODELS[which]
+    # everything, embeddings and vectors too; Wanda only knows linear layers
+    include = "*" if criterion != "wanda" else {"olmoe": "self_attn"}.get(which)
+    options = {"density": 0.1, "tile": TILE, "tile_budget": 0.5, "loss_fn": loss_fn, "include": include}
+    model = make()
+    patterns = select(model, batches(1), **options)
+    sparsify(model, patterns)
+    optimizer = SparseAdamW(model, lr=0.05)
+
+    def loss(batch) -> Tensor:
+        return loss_fn(model, batch) if loss_fn else model(**batch).loss
+
+    for batch in batches(3):
+        loss(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    loss(batches(1)[0]).backward()  # gradients that wait for the next step
+    plain = make()
+    plain.load_state_dict(model.state_dict())
+
+    def state() -> list:
+        leaves = [(c.values.detach().clone(), c.values.grad.clone(), c.pattern) for c in selected(model).values()]
+        flags = [(type(m), [p.requires_grad for p in m.parameters(recurse=False)]) for m in model.modules()]
+        return [*leaves, *flags]
+
+    before = state()
+    found = select(model, batches(2), criterion=criterion, **options)
+    assert digests(found) == digests(select(plain, batches(2), criterion=criterion, **options))
+    for old, new in zip(before, state(), strict=True):
+        assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(old, new, strict=True))
+    loss(batches(1)[0]).backward()
+    for chosen in selected(model).values():
+        assert chosen.weight.grad is None and chosen.values.grad.isfinite().all()
+
+
+def test_leaves_are_no_weights():
+    model = make_mlp()
+    names = list(eligible(model, include="*")), list(vectors(model))
+    sparsify(model, select(model, criterion="magnitude", density=0.5, train_norms=True))
+    assert (list(eligible(model, include="*")), list(vectors(model))) == names
+    again = select(model, criterion="magnitude", density=0.5, train_norms=True, allocation="layer")
+    assert again.keys() == {"up.weight", "up.bias", "norm.weight", "norm.bias", "down.weight"}
+
+
+def test_a_sparsified_model_is_left_in_order_by_an_error():
+    model = make_mlp()
+    sparsify(model, select(model, criterion="magnitude", density=0.5))
+    classes = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match="scalar"):
+        select(model, mlp_batches(1), density=0.1, loss_fn=lambda m, batch: m(batch))
+    assert [type(m) for m in model.modules()] == classes
+    mlp_loss(model, mlp_batches(1)[0]).backward()
+    assert all(c.values.grad is not None and c.weight.grad is None for c in selected(model).values())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseft.layers import plain, selected
+from sparseft.layers import computing_densely, plain
 from sparseft.pattern import Pattern, check_tile
 from sparseft.selection.budget import ALLOCATIONS, LINES, Allocation, Budget, LineBudget
 from sparseft.selection.criteria import CRITERIA, Criterion, find, lift
@@ -70,7 +70,8 @@ def select(
     are several batches, and when several weights share a budget with `tile_budget` < 1.
 
     Args:
-        model: any module. Frozen weights may be selected too.
+        model: any module. Frozen weights may be selected too. A sparsified model is scored as it is now, all eligible
+            entries alike: see `reselect` for what to do with the patterns.
         batches: mappings for `model(**batch)` with a loss, their tensors moved to the model's device; or anything that
             `loss_fn` takes. An iterable is read once. None for criteria that need no data.
         density: share of the eligible entries to select, in (0, 1].
@@ -97,8 +98,6 @@ def select(
         ValueError, TypeError: an argument does not fit, a batch gives no loss or no gradient, or a score is not
             finite (the weight and the batch are named). The model is as it was.
     """
-    if selected(model):
-        raise ValueError("model is sparsified already; densify it before selecting again")
     model = plain(model)
     rule = find(criterion)
     _check(density, tile, tile_budget, _allocation(allocation), structure)
@@ -113,7 +112,8 @@ def select(
     if batches is None or rule.accumulate is None:
         scoring.without_gradients()
     else:
-        scoring.with_batches((Forward if rule.of_inputs else Backward)(model, weights, loss_fn), batches)
+        with computing_densely(model):
+            scoring.with_batches((Forward if rule.of_inputs else Backward)(model, weights, loss_fn), batches)
     patterns = {name: budgets[name].patterns[name] for name in weights if name in budgets[name].patterns}
     if not patterns:
         raise ValueError(f"density {density} selects nothing: it is less than half of one of the {structure}")
