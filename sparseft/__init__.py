@@ -7,11 +7,15 @@ from sparseft.layers import SparseLinear, densify, parameters, sparsify
 from sparseft.optim import SparseAdamW
 from sparseft.pattern import Pattern
 from sparseft.reselection import patterns, reselect, select_late
+from sparseft.schedules import DropAndGrow, Schedule, SelectAgain
 from sparseft.selection import select
 
 __all__ = [
     "Delta",
+    "DropAndGrow",
     "Pattern",
+    "Schedule",
+    "SelectAgain",
     "SparseAdamW",
     "SparseLinear",
     "backends",

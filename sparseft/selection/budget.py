@@ -47,21 +47,31 @@ class Grid:
     Args:
         shape: (N, K). `tile`: rows and columns of a tile; tiles are numbered row by row.
         indices: int64 [k], the flat positions chosen in this weight. `scores`: [k], theirs.
+        before: a pattern of this weight whose rows and columns come first, in its order: its entries keep their tiles.
     """
 
-    def __init__(self, shape: tuple[int, int], tile: tuple[int, int], indices: Tensor, scores: Tensor):
+    def __init__(self, shape: tuple[int, int], tile: tuple[int, int], indices: Tensor, scores: Tensor,
+                 before: Pattern | None = None):  # fmt: skip
         self._shape, self._tile = shape, tile
         index, mass = indices.cpu(), scores.double().cpu()
         row, col = index // shape[1], index % shape[1]
         self._row_order, self._col_order = _by_mass(row, mass, shape[0]), _by_mass(col, mass, shape[1])
+        if before is not None:
+            self._row_order = _first(before.rows.cpu().long(), self._row_order)
+            self._col_order = _first(before.cols.cpu().long(), self._col_order)
         self._row_place, self._col_place = self._row_order.argsort(), self._col_order.argsort()
         rows = torch.bincount(torch.arange(shape[0]) // tile[0])
         cols = torch.bincount(torch.arange(shape[1]) // tile[1])
-        number = self._row_place[row] // tile[0] * len(cols) + self._col_place[col] // tile[1]
+        self._across = len(cols)
+        number = self.tiles_of(index)
         self.capacity = (rows[:, None] * cols).reshape(-1)  # entries per tile: those at the edges are smaller
         self.count = torch.bincount(number, minlength=len(self.capacity))  # chosen entries per tile
         self.mass = torch.zeros(len(self.capacity), dtype=torch.float64).index_add_(0, number, mass)
-        self._across = len(cols)
+
+    def tiles_of(self, indices: Tensor) -> Tensor:
+        """int64, on the CPU: the number of each position's tile."""
+        row, col = indices.cpu() // self._shape[1], indices.cpu() % self._shape[1]
+        return self._row_place[row] // self._tile[0] * self._across + self._col_place[col] // self._tile[1]
 
     def positions(self, keep: Tensor, device: torch.device) -> Tensor:
         """int64 flat positions inside the tiles that `keep` (bool, one per tile) marks, ascending."""
@@ -74,6 +84,14 @@ class Grid:
         row, col = indices.cpu() // self._shape[1], indices.cpu() % self._shape[1]
         row_order = self._row_order[: int(self._row_place[row].max()) + 1].to(indices.device)
         col_order = self._col_order[: int(self._col_place[col].max()) + 1].to(indices.device)
+        return Pattern.from_indices(indices, self._shape, tile=self._tile, row_order=row_order, col_order=col_order)
+
+    def pattern_in_place(self, indices: Tensor) -> Pattern:
+        """As `pattern`, but every tile-high band of rows without an entry is left out, and every such band of columns;
+        the other entries keep their tiles."""
+        row, col = indices.cpu() // self._shape[1], indices.cpu() % self._shape[1]
+        row_order = _bands(self._row_order, self._row_place[row], self._tile[0]).to(indices.device)
+        col_order = _bands(self._col_order, self._col_place[col], self._tile[1]).to(indices.device)
         return Pattern.from_indices(indices, self._shape, tile=self._tile, row_order=row_order, col_order=col_order)
 
 
@@ -242,12 +260,12 @@ def keep_tiles(grids: Sequence[Grid], k: int, budget: int, sure: Sequence[tuple[
         sure: per grid, entries that its own kept tiles must hold, and how many of its best tiles are kept anyway.
     """
     mass, count, capacity = (torch.cat([getattr(g, name) for g in grids]) for name in ("mass", "count", "capacity"))
-    best = torch.cat([_best(g.mass, g.count, g.capacity, *least) for g, least in zip(grids, sure, strict=True)])
-    keep = _best(mass.masked_fill(best, torch.inf), count, capacity, k, max(budget, int(best.sum())))
+    best = torch.cat([best_tiles(g.mass, g.count, g.capacity, *least) for g, least in zip(grids, sure, strict=True)])
+    keep = best_tiles(mass.masked_fill(best, torch.inf), count, capacity, k, max(budget, int(best.sum())))
     return list(keep.split([len(g.mass) for g in grids]))
 
 
-def _best(mass: Tensor, count: Tensor, capacity: Tensor, k: int, budget: int) -> Tensor:
+def best_tiles(mass: Tensor, count: Tensor, capacity: Tensor, k: int, budget: int) -> Tensor:
     """bool: the `budget` tiles with the most mass, more if these cannot hold k entries, none that is empty."""
     order = torch.argsort(mass, descending=True, stable=True)
     order = order[count[order] > 0]  # together these hold the chosen entries, so capacity suffices
@@ -271,6 +289,20 @@ def _tiles(shape: tuple[int, int], tile: tuple[int, int]) -> int:
 def _by_mass(index: Tensor, mass: Tensor, size: int) -> Tensor:
     """All of 0..size-1, by the mass summed at `index`, largest first; ties to the lower number."""
     return torch.zeros(size, dtype=torch.float64).index_add_(0, index, mass).argsort(descending=True, stable=True)
+
+
+def _first(lines: Tensor, order: Tensor) -> Tensor:
+    """The order with `lines` moved to its beginning."""
+    others = torch.ones(len(order), dtype=torch.bool)
+    others[lines] = False
+    return torch.cat([lines, order[others[order]]])
+
+
+def _bands(order: Tensor, place: Tensor, edge: int) -> Tensor:
+    """The order without the runs of `edge` lines in which no `place` lies."""
+    used = torch.zeros(-(-len(order) // edge), dtype=torch.bool)
+    used[place // edge] = True
+    return order[used.repeat_interleave(edge)[: len(order)]]
 
 
 def _sum(scores: dict[str, Tensor]) -> float:
