@@ -156,13 +156,13 @@ class Schedule:
         self.step_count += 1
         if not self.due:
             return None
-        data, common = (batches() if callable(batches) else batches), {"loss_fn": self._loss_fn}
-        seed = self._seed + self.step_count
+        data = batches() if callable(batches) else batches
+        common: dict[str, Any] = {"loss_fn": self._loss_fn, "seed": self._seed + self.step_count}
         if isinstance(self.plan, DropAndGrow):
             share = self.plan.share(self.step_count, self.steps)
-            chosen = drop_and_grow(self.model, data, share, tiles=self.plan.tiles, seed=seed, **common)
+            chosen = drop_and_grow(self.model, data, share, tiles=self.plan.tiles, **common)
         else:
-            chosen = self._others() | select(self.model, data, seed=seed, **common, **self._selection)
+            chosen = self._others() | select(self.model, data, **common, **self._selection)
         moved = reselect(self.model, self.optimizer, chosen, leaving=self.plan.leaving)
         logger.info("step %d: %d entries stay, %d enter, %d leave", self.step_count, *moved)
         return moved
