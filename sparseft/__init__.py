@@ -6,17 +6,25 @@ from sparseft.delta import Delta
 from sparseft.layers import SparseLinear, densify, parameters, sparsify
 from sparseft.optim import SparseAdamW
 from sparseft.pattern import Pattern
+from sparseft.reselection import patterns, reselect, select_late
+from sparseft.schedules import DropAndGrow, Schedule, SelectAgain
 from sparseft.selection import select
 
 __all__ = [
     "Delta",
+    "DropAndGrow",
     "Pattern",
+    "Schedule",
+    "SelectAgain",
     "SparseAdamW",
     "SparseLinear",
     "backends",
     "densify",
     "ops",
     "parameters",
+    "patterns",
+    "reselect",
     "select",
+    "select_late",
     "sparsify",
 ]

@@ -8,9 +8,10 @@ import json
 import os
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -28,6 +29,7 @@ from rich.table import Table
 
 from sparseft import backend
 from sparseft.delta import Delta
+from sparseft.schedules import PLANS, DropAndGrow, SelectAgain
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
                   help="Fine-tune a language model by changing about 1 % of its weights in place.")  # fmt: skip
@@ -145,9 +147,15 @@ def train(
         str,
         typer.Option(
             help="global: the best entries of the whole model; layer: the same share of every matrix; kind: of all "
-            "matrices of one kind, as q_proj; mixed: halfway between global and layer."
+            "matrices of one kind, as q_proj; mixed: halfway between global and layer; row: of every row."
         ),
     ] = "global",
+    structure: Annotated[
+        str,
+        typer.Option(
+            help="entries: single weights; rows, columns or rows-and-columns: whole ones, chosen by their mean score."
+        ),
+    ] = "entries",
     include: Annotated[
         list[str] | None,
         typer.Option(help="Only weights whose name has this part (glob, several times): mlp, 'layers.2?'."),
@@ -156,6 +164,31 @@ def train(
     selection_batches: Annotated[
         int, typer.Option(min=1, help="Training batches that the selection looks at; 4 to 16.")
     ] = 8,
+    score_after: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="First train so many steps with a first selection, select on what came out, and start again from the "
+            "pretrained weights (0: select on these).",
+        ),
+    ] = 0,
+    refresh: Annotated[
+        str,
+        typer.Option(
+            help="Let the selected weights move while training. rigl, spiel: drop those that changed least, grow where "
+            "gradients are largest (two papers' settings); select: the whole selection again; none: they stay."
+        ),
+    ] = "none",
+    refresh_every: Annotated[
+        int, typer.Option(min=0, help="Steps from one move to the next. 0: as the plan has it (100, 20, 400).")
+    ] = 0,
+    leaving: Annotated[
+        str,
+        typer.Option(
+            help="What weights that leave do: revert to the pretrained value, or keep their change. "
+            "auto: as the plan has it (select keeps, the others revert)."
+        ),
+    ] = "auto",
     epochs: Annotated[
         float, typer.Option(min=0, help="Passes over the data: 2 to 4 for thousands of rows, 8 to 12 for hundreds.")
     ] = 3.0,
@@ -202,8 +235,9 @@ def train(
         raise ValueError(f"--eval: the files' names must differ, got {', '.join(eval or [])}")
     folder = runs / name
     sparse = SparseConfig(density=density, criterion=criterion, tile=(tile, tile), tile_budget=tile_budget,
-                          allocation=allocation, include=include, exclude=exclude, batches=selection_batches,
-                          decay_to=decay_to, seed=seed)  # fmt: skip
+                          allocation=allocation, structure=structure, include=include, exclude=exclude,
+                          batches=selection_batches, score_after=score_after,
+                          refresh=_plan(refresh, refresh_every, leaving), decay_to=decay_to, seed=seed)  # fmt: skip
     config = finetune.RunConfig(
         model=model, data=data, evals=evals, dtype=dtype,
         device=device, chat_template=chat_template, system=system, max_length=max_length, sparse=sparse,
@@ -219,6 +253,20 @@ def train(
     console.print(
         f"  sparseft apply {folder / finetune.DELTA} {model} --output FOLDER", highlight=False, soft_wrap=True
     )
+
+
+def _plan(name: str, every: int, leaving: str) -> DropAndGrow | SelectAgain | None:
+    """The plan of that name, with what the options change in it; None for "none"."""
+    if name not in ("none", *PLANS):
+        raise ValueError(f"--refresh must be one of {['none', *PLANS]}, got {name!r}")
+    changes: dict[str, Any] = {"every": every} if every else {}
+    if leaving != "auto":
+        changes["leaving"] = leaving
+    if name == "none":
+        if changes:
+            raise ValueError("--refresh-every and --leaving go with --refresh")
+        return None
+    return replace(PLANS[name], **changes)
 
 
 def show_run(console: Console, metrics: dict) -> None:

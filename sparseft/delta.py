@@ -37,6 +37,7 @@ from sparseft.ops import scatter_delta_
 from sparseft.optim import SparseAdamW
 from sparseft.packing import pack_pattern, unpack_pattern
 from sparseft.pattern import Pattern, matrix_shape
+from sparseft.reselection import all_entries, bits
 
 FORMAT = "sparseft.delta.v1"
 DTYPES = {str(dtype).removeprefix("torch."): dtype
@@ -142,7 +143,8 @@ class Delta:
     def from_model(
         cls, model: nn.Module, optimizer: SparseAdamW | None = None, *, metadata: Mapping | None = None
     ) -> "Delta":
-        """The change since `sparsify`, of all selected entries, also of those that did not move.
+        """The change since `sparsify`, of all selected entries, also of those that did not move, and of those that
+        `reselect` has left outside with their change.
 
         Reads every affected weight once, for its sha256 (0.7 s per GB on one core with SHA instructions), and
         copies one weight at a time.
@@ -163,10 +165,11 @@ class Delta:
         changes = {}
         for name, s in chosen.items():
             weight = s.weight.detach()
-            original = weight.flatten().index_put((s.pattern.indices(),), s.base)
+            pattern, base = all_entries(s)
+            original = weight.flatten().index_put((pattern.indices(),), base)
             tied = tuple(n for n in names[s.weight] if n != name)
-            changes[name] = Change(tuple(weight.shape), s.pattern.to("cpu"), s.pattern.gather(weight).cpu(),
-                                   s.base.detach().cpu().clone(), _sha256(original), tied)  # fmt: skip
+            changes[name] = Change(tuple(weight.shape), pattern.to("cpu"), pattern.gather(weight).cpu(),
+                                   base.detach().cpu().clone(), _sha256(original), tied)  # fmt: skip
         return cls(changes, metadata)
 
     # ---- file -------------------------------------------------------------------------------------------------
@@ -276,9 +279,9 @@ class Delta:
         other = "values" if state == "base" else "base"
         differing: dict[str, dict[str, int]] = {"base": {}, "values": {}}
         for name, weight in weights.items():
-            now = _bits(self.changes[name].pattern.to(weight.device).gather(weight.detach()).cpu())
+            now = bits(self.changes[name].pattern.to(weight.device).gather(weight.detach()).cpu())
             for side, names in differing.items():
-                count = int((now != _bits(getattr(self.changes[name], side))).sum())
+                count = int((now != bits(getattr(self.changes[name], side))).sum())
                 if count:
                     names[name] = count
         if not differing[state]:
@@ -346,11 +349,6 @@ def _sha256(weight: Tensor) -> str:
     return hashlib.sha256(weight.detach().flatten().cpu().view(torch.uint8).numpy().data).hexdigest()
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    """The same memory as integers: equality that tells -0 from 0 and takes NaN for itself."""
-    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
-
-
 def _swap(weight: nn.Parameter, pattern: Pattern, values: Tensor) -> None:
     """weight[entries] = values by a swap, which moves bits and never rounds."""
     with torch.no_grad():
@@ -380,7 +378,7 @@ def _measure(change: Change) -> Figures:
     return Figures(
         size=math.prod(change.shape),
         entries=len(moved),
-        changed=int((_bits(change.values) != _bits(change.base)).sum()),
+        changed=int((bits(change.values) != bits(change.base)).sum()),
         mean_abs=float(moved.mean()) if len(moved) else 0.0,
         max_abs=float(moved.max()) if len(moved) else 0.0,
         change_norm=float(moved.norm()),

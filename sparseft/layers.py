@@ -8,6 +8,7 @@ state_dict) takes its place for autograd, the optimizer, clipping and schedulers
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,6 +32,8 @@ class Selected:
         values: fp32 (fp64 for fp64 weights) leaf [k]: the master values, in the pattern's order.
         base: [k], the pretrained values bit for bit, in the weight's dtype.
         pattern: where the entries are.
+        left: entries that do not train any more but keep their change (see `reselect`): their flat positions (int64,
+            ascending) and their pretrained values, both on the CPU; None if there are none.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Selected:
     values: nn.Parameter
     base: Tensor
     pattern: Pattern
+    left: tuple[Tensor, Tensor] | None = None
 
 
 class MaskedLinear(torch.autograd.Function):
@@ -133,22 +137,92 @@ def sparsify(model: nn.Module, patterns: dict[str, Pattern]) -> nn.Module:
     parameters_by_name = dict(model.named_parameters())
     _check(model, patterns, parameters_by_name)
     flags = {name: p.requires_grad for name, p in parameters_by_name.items()}
+    prepared = _prepare(parameters_by_name, patterns)  # what can fail comes before the first change
     uses = _uses(model)
-    prepared = []
-    for name, pattern in patterns.items():  # what can fail comes before the first change
-        there = pattern.to(parameters_by_name[name].device)
-        prepared.append((name, there, *leaf_of(parameters_by_name[name], there)))
     model.requires_grad_(False)
     model.zero_grad()  # a dense gradient left from before has no further use
+    _attach_all(model, prepared, uses)
+    model._sparseft_flags = flags
+    return wrapped
+
+
+def sparsify_more(model: nn.Module, patterns: dict[str, Pattern]) -> None:
+    """Make further weights of a sparsified model trainable, as `sparsify` does; `patterns` went through
+    `check_pattern` and name weights that have no leaf yet."""
+    model = plain(model)
+    parameters_by_name = dict(model.named_parameters())
+    _attach_all(model, _prepare(parameters_by_name, patterns), _uses(model))
+
+
+Prepared = list[tuple[str, Pattern, nn.Parameter, Tensor]]  # name, pattern on the weight's device, leaf, base
+
+
+def _prepare(known: dict[str, nn.Parameter], patterns: dict[str, Pattern]) -> Prepared:
+    there = {name: pattern.to(known[name].device) for name, pattern in patterns.items()}
+    return [(name, pattern, *leaf_of(known[name], pattern)) for name, pattern in there.items()]
+
+
+def _attach_all(model: nn.Module, prepared: Prepared, uses: dict[nn.Parameter, int]) -> None:
     for name, pattern, values, base in prepared:
         module_name, _, leaf = name.rpartition(".")
         _attach(model.get_submodule(module_name), leaf, pattern, values, base, uses)
-    model._sparseft_flags = flags
-    # DistributedDataParallel: patterns are equal on all ranks and never change, and int16 cannot be broadcast
+    # DistributedDataParallel: patterns are equal on all ranks, and int16 cannot be broadcast
     ours = {id(tensor) for chosen in selected(model).values() for tensor in (*chosen.pattern.layout[:4], chosen.base)}
     ignored = [name for name, buffer in model.named_buffers() if id(buffer) in ours]
     model._ddp_params_and_buffers_to_ignore = ignored
-    return wrapped
+
+
+def exchange_entries_(
+    chosen: Selected, pattern: Pattern, values: Tensor, base: Tensor, left: tuple[Tensor, Tensor] | None
+) -> None:
+    """Other entries for a sparsified weight; its leaf stays the same object, but loses its gradient.
+
+    Args:
+        pattern, values, base: of the new entries, on the weight's device, dtypes as in `Selected`; the weight itself
+            is not written.
+        left: as in `Selected`.
+    """
+    module, name = chosen.values._sparseft_owner
+    for tensor in TENSORS:
+        setattr(module, _stem(name) + tensor, getattr(pattern, tensor))
+    setattr(module, _stem(name) + "base", base)
+    if isinstance(module, _Sparse) and name == "weight":
+        module._tile = pattern.tile
+    module._sparseft[name] |= {"tile": pattern.tile, "left": left}
+    leaf = chosen.values
+    leaf.grad = None
+    if leaf.shape != values.shape:
+        # a loss that is still referenced keeps autograd's node for the leaf alive, and with it the old shape; data
+        # of another dtype make autograd forget it
+        other = torch.float32 if leaf.dtype == torch.float64 else torch.float64
+        leaf.data = torch.empty(0, dtype=other, device=values.device)
+    leaf.data = values
+
+
+def keep_left_(chosen: Selected, left: tuple[Tensor, Tensor] | None) -> None:
+    """Note which entries of a sparsified weight do not train any more but keep their change (as in `Selected`)."""
+    module, name = chosen.values._sparseft_owner
+    module._sparseft[name]["left"] = left
+
+
+@contextmanager
+def computing_densely(model: nn.Module) -> Iterator[None]:
+    """Inside, weights can get dense gradients: sparse layers compute as plain ones, and no gradient is gathered."""
+    selected(model)  # mends what a copy lost
+    sparse = [(module, type(module)) for module in plain(model).modules() if isinstance(module, _Sparse)]
+    gathers = [hook for p in model.parameters() for hook in (p._post_accumulate_grad_hooks or {}).values()
+               if isinstance(hook, _Gather)]  # fmt: skip
+    try:
+        for module, _ in sparse:
+            module.__class__ = module.plain
+        for gather in gathers:
+            gather.suspended = True
+        yield
+    finally:
+        for module, own_class in sparse:
+            module.__class__ = own_class
+        for gather in gathers:
+            gather.suspended = False
 
 
 def densify(model: nn.Module) -> nn.Module:
@@ -200,7 +274,7 @@ def bind(module: nn.Module, name: str) -> None:
     """Tie the leaf of `module`'s parameter `name` to its weight (again after a copy: it loses attributes and hooks)."""
     weight, values = getattr(module, name), getattr(module, _stem(name) + "values")
     values._sparseft_owner = (module, name)
-    computed_sparsely = isinstance(module, _Sparse) and name == "weight"
+    computed_sparsely = hasattr(module, "_tile") and name == "weight"  # also inside `computing_densely`
     if not computed_sparsely and not _gather_hooks(weight):
         weight.register_post_accumulate_grad_hook(_Gather(module, name))
 
@@ -244,7 +318,8 @@ def _describe(module: nn.Module, name: str, qualified: str = "") -> Selected:
     stem, weight = _stem(name), getattr(module, name)
     rows, cols, tiles, local = (getattr(module, stem + tensor) for tensor in TENSORS)
     pattern = Pattern(matrix_shape(weight.shape), module._sparseft[name]["tile"], rows, cols, tiles, local)
-    return Selected(qualified, weight, getattr(module, stem + "values"), getattr(module, stem + "base"), pattern)
+    values, base = getattr(module, stem + "values"), getattr(module, stem + "base")
+    return Selected(qualified, weight, values, base, pattern, module._sparseft[name]["left"])
 
 
 def _stem(name: str) -> str:
@@ -270,26 +345,35 @@ def _check(model: nn.Module, patterns: dict[str, Pattern], known: dict[str, nn.P
     if any(True for _ in _walk(model)):
         raise ValueError("model is sparsified already; call densify(model) first")
     for name, pattern in patterns.items():
-        if name not in known:
-            raise ValueError(f"patterns: the model has no parameter {name!r} (tied weights go by their first name)")
-        if not isinstance(pattern, Pattern):
-            raise TypeError(f"patterns[{name!r}] must be a Pattern, got {type(pattern).__name__}")
-        weight = known[name]
-        try:
-            pattern.validate()
-        except ValueError as error:
-            raise ValueError(f"patterns[{name!r}]: {error}") from error
-        if weight.is_meta:
-            raise ValueError(f"patterns[{name!r}]: the weight is on the meta device, it has no values yet")
-        if not weight.is_floating_point() or not weight.is_contiguous():
-            raise ValueError(f"patterns[{name!r}]: the weight must be floating point and contiguous, "
-                             f"got {weight.dtype}, strides {weight.stride()}")  # fmt: skip
-        if matrix_shape(weight.shape) != pattern.shape:
-            raise ValueError(f"patterns[{name!r}] is for shape {pattern.shape}, got a weight of {tuple(weight.shape)}")
-        module_name, _, leaf = name.rpartition(".")
-        for attribute in (*TENSORS, "base", "values"):
-            if hasattr(model.get_submodule(module_name), _stem(leaf) + attribute):
-                raise ValueError(f"patterns[{name!r}]: its module has an attribute {_stem(leaf) + attribute!r} already")
+        check_pattern(model, name, pattern, known)
+
+
+def check_pattern(model: nn.Module, name: str, pattern: Pattern, known: dict[str, nn.Parameter]) -> None:
+    """Whether the model's parameter `name` can train at these entries, and gets no leaf in the way of another
+    attribute. Raises TypeError, ValueError: as `sparsify`."""
+    if name not in known:
+        raise ValueError(f"patterns: the model has no parameter {name!r} (tied weights go by their first name)")
+    if not isinstance(pattern, Pattern):
+        raise TypeError(f"patterns[{name!r}] must be a Pattern, got {type(pattern).__name__}")
+    weight = known[name]
+    try:
+        pattern.validate()
+    except ValueError as error:
+        raise ValueError(f"patterns[{name!r}]: {error}") from error
+    if weight.is_meta:
+        raise ValueError(f"patterns[{name!r}]: the weight is on the meta device, it has no values yet")
+    if not weight.is_floating_point() or not weight.is_contiguous():
+        raise ValueError(f"patterns[{name!r}]: the weight must be floating point and contiguous, "
+                         f"got {weight.dtype}, strides {weight.stride()}")  # fmt: skip
+    if matrix_shape(weight.shape) != pattern.shape:
+        raise ValueError(f"patterns[{name!r}] is for shape {pattern.shape}, got a weight of {tuple(weight.shape)}")
+    module_name, _, leaf = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    if leaf in getattr(module, "_sparseft", ()):
+        return  # it has its leaf already
+    for attribute in (*TENSORS, "base", "values"):
+        if hasattr(module, _stem(leaf) + attribute):
+            raise ValueError(f"patterns[{name!r}]: its module has an attribute {_stem(leaf) + attribute!r} already")
 
 
 def _attach(
@@ -314,7 +398,7 @@ def _attach(
     ]
     if sparse_class is None:  # a copy's parameters have lost their hooks, its modules have not
         handles.append(module.register_forward_pre_hook(partial(_bind_again, name)))
-    module._sparseft[name] = {"tile": pattern.tile, "handles": handles}
+    module._sparseft[name] = {"tile": pattern.tile, "left": None, "handles": handles}
     bind(module, name)
     _install_write_back()
 
@@ -333,11 +417,14 @@ def _sparse_class(module: nn.Module) -> type | None:
 class _Gather:
     """Hook on a dense parameter: moves its gradient's selected entries to the leaf and frees the rest."""
 
+    suspended = False  # inside `computing_densely`
+
     def __init__(self, module: nn.Module, name: str):
         self.module, self.name = module, name
 
     def __call__(self, weight: nn.Parameter) -> None:
-        gather_grad_(_describe(self.module, self.name))
+        if not self.suspended:
+            gather_grad_(_describe(self.module, self.name))
 
 
 def _gather_hooks(weight: nn.Parameter) -> list[int]:

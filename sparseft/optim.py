@@ -1,6 +1,6 @@
 """SparseAdamW: AdamW whose parameters are the selected entries, with two doors (see the class)."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from sparseft.arena import STATE, Arena
 from sparseft.dropin import FirstBackward, free_others
-from sparseft.layers import Selected, owner, plain, selected
+from sparseft.layers import Selected, keep_left_, owner, plain, selected
 from sparseft.ops import scatter_delta_
 from sparseft.pattern import TENSORS, Pattern, matrix_shape
 from sparseft.selection import eligible
@@ -166,6 +166,37 @@ class SparseAdamW(Optimizer):
         self._clear()
         return loss
 
+    @property
+    def drop_in(self) -> bool:
+        """Whether this optimizer selects for itself (`density=`)."""
+        return self._drop_in
+
+    def move_entries_(self, leaf: nn.Parameter, source: Tensor) -> None:
+        """Carry a leaf's state over to other entries, after `exchange_entries_`.
+
+        Args:
+            leaf: one of this optimizer's.
+            source: int64 [k], where each entry stood before; -1 for one that is new: moments 0, age 0.
+        """
+        state = self.state.get(leaf)
+        if state:
+            stays = source >= 0
+            step = state["step"].clone()  # the arena's slices go with the arena
+            born = state["born"] if "born" in state else torch.zeros_like(state[STATE[0]], dtype=torch.int32)
+            carried = {name: torch.where(stays, _at(state[name], source), 0) for name in STATE}
+            born = torch.where(stays, _at(born, source), step.to(torch.int32))
+            self.state[leaf] = {"step": step, **carried, "born": born}
+        self._arenas = []
+
+    def insert_leaf(self, leaf: nn.Parameter, name: str, before: Collection[nn.Parameter]) -> None:
+        """Train a further leaf, in the only param group, ahead of the first of the leaves `before`."""
+        (group,) = self.param_groups
+        leaves = group["params"]
+        place = next((i for i, other in enumerate(leaves) if other in before), len(leaves))
+        leaves.insert(place, leaf)
+        if "param_names" in group:
+            group["param_names"].insert(place, name)
+
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
             "a SparseAdamW is bound to its model's tensors and cannot be copied or pickled; use state_dict()"
@@ -185,7 +216,7 @@ class SparseAdamW(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's format, and under "sparse" per leaf what makes a resumed run continue exactly: master and
-        base values, ages, and the pattern."""
+        base values, ages, the pattern, and what left it with its change kept (see `reselect`)."""
         self._current_arenas()
         state = super().state_dict()
         leaves = [leaf for group in self.param_groups for leaf in group["params"]]
@@ -225,6 +256,8 @@ class SparseAdamW(Optimizer):
                         moment = state_dict["state"][number][name]
                         self.state[leaf][name] = moment.to(leaf.device, moment.dtype, copy=True)
                 chosen.base.copy_(entry["base"])
+                if not self._drop_in:
+                    keep_left_(chosen, entry["left"])
                 scatter_delta_(chosen.weight, leaf, chosen.pattern, "copy")
                 if "step" in self.state[leaf]:
                     self.state[leaf]["step"] = self.state[leaf]["step"].to(leaf.device, torch.int64)
@@ -343,4 +376,9 @@ def _pack_leaf(chosen: Selected, number: int | None, state: dict[str, Any]) -> d
     pattern = chosen.pattern
     tensors = {"shape": pattern.shape, "tile": pattern.tile, **{name: getattr(pattern, name) for name in TENSORS}}
     return {"number": number, "digest": pattern.digest, "pattern": tensors, "values": chosen.values.detach().clone(),
-            "base": chosen.base, "born": state.get("born")}  # fmt: skip
+            "base": chosen.base, "born": state.get("born"), "left": chosen.left}  # fmt: skip
+
+
+def _at(tensor: Tensor, source: Tensor) -> Tensor:
+    """tensor[source], anything where `source` is -1 (also if there is nothing to take)."""
+    return tensor[source.clamp(min=0)] if len(tensor) else tensor.new_zeros(len(source))

@@ -2,21 +2,25 @@
 
 import itertools
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from sparseft.delta import Delta
 from sparseft.evaluation import loss_positions
-from sparseft.layers import selected, sparsify
+from sparseft.layers import keep_left_, parameters, selected, sparsify
 from sparseft.optim import SparseAdamW
 from sparseft.pattern import TENSORS, Pattern, check_tile
-from sparseft.selection import ALLOCATIONS, CRITERIA, select
+from sparseft.reselection import reselect, select_late
+from sparseft.schedules import DropAndGrow, Schedule, SelectAgain
+from sparseft.selection import ALLOCATIONS, CRITERIA, STRUCTURES, select
+from sparseft.selection.gradients import seeded
 
 OPTIMIZER_FILE = "optimizer.pt"  # where Trainer puts the optimizer's state inside a checkpoint
 DENSE_LEARNING_RATE = 1e-4  # at or below: a rate for dense fine-tuning, which a sparse change hardly feels
@@ -27,9 +31,12 @@ class SparseConfig:
     """What to select, and how the selected entries train. The learning rate and so on are in TrainingArguments.
 
     Attributes:
-        density, criterion, tile, tile_budget, allocation, include, exclude, train_norms, seed: as in
+        density, criterion, tile, tile_budget, allocation, structure, include, exclude, train_norms, seed: as in
             `sparseft.select`.
         batches: training batches whose gradients are summed for the selection.
+        score_after: train so many steps with a first selection, of one batch each and with the learning rate's schedule
+            in short, select on what came out, and start again from the pretrained weights (see `select_late`).
+        refresh: let the selected entries move while training, as a DropAndGrow or a SelectAgain says; None: they stay.
         decay_to: what `weight_decay` pulls towards: "pretrained" values or "zero".
         on_nonfinite: "skip" leaves out a step with a NaN or Inf gradient and counts it; "raise" stops.
     """
@@ -39,10 +46,13 @@ class SparseConfig:
     tile: tuple[int, int] = (64, 64)
     tile_budget: float = 0.1
     allocation: str = "global"
+    structure: str = "entries"
     include: str | list[str] | None = None
     exclude: str | list[str] | None = None
     train_norms: bool = False
     batches: int = 8
+    score_after: int = 0
+    refresh: DropAndGrow | SelectAgain | None = None
     decay_to: str = "pretrained"
     on_nonfinite: str = "skip"
     seed: int = 0
@@ -55,7 +65,11 @@ class SparseConfig:
             if not 0 < share <= 1:
                 raise ValueError(f"{name} must lie in (0, 1], got {share}")
         check_tile(self.tile)
-        for name, known in (("criterion", CRITERIA), ("allocation", ALLOCATIONS),
+        if self.score_after < 0:
+            raise ValueError(f"score_after must not be negative, got {self.score_after}")
+        if self.structure != "entries" and isinstance(self.refresh, DropAndGrow):
+            raise ValueError(f"refresh: DropAndGrow moves single entries, and structure is {self.structure!r}")
+        for name, known in (("criterion", CRITERIA), ("allocation", ALLOCATIONS), ("structure", STRUCTURES),
                             ("decay_to", ("pretrained", "zero")), ("on_nonfinite", ("skip", "raise"))):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {sorted(known)}, got {getattr(self, name)!r}")
@@ -65,7 +79,7 @@ class SparseConfig:
         return {name: value for name, value in asdict(self).items() if name not in _NOT_SELECTION}
 
 
-_NOT_SELECTION = ("batches", "decay_to", "on_nonfinite")
+_NOT_SELECTION = ("batches", "score_after", "refresh", "decay_to", "on_nonfinite")
 
 
 @dataclass
@@ -103,34 +117,103 @@ class SparseTrainer(Trainer):
                           "about 2e-3 (the default of SparseTrainingArguments)", stacklevel=2)  # fmt: skip
         self.sparse = SparseConfig() if sparse is None else sparse
         self.optimizer: torch.optim.Optimizer | None = None
+        self._scoring_loader: Iterable[Any] | None = None
         super().__init__(model, args, **kwargs)
+        if self.sparse.refresh is not None:
+            if self.args.load_best_model_at_end and self.args.save_only_model:
+                raise ValueError("save_only_model: with refresh, the best model's entries are in its optimizer's state")
+            self.add_callback(_Refresh(self))
 
     def select(self) -> dict[str, Pattern]:
         """Patterns chosen on the first training batches, in the order of the first epoch."""
+        self._expect_one_process()
+        if self.sparse.score_after:
+            return select_late(self.model, self._select, self._train_shortly)
+        return self._select()
+
+    def _select(self) -> dict[str, Pattern]:
+        batches = self.scoring_batches(self.sparse.batches)
+        return select(self.model, batches, loss_fn=self.compute_loss, **self.sparse.selection())
+
+    def _train_shortly(self) -> None:
+        """`score_after` steps with the selection that the model has now."""
+        args, steps, mode = self.args, self.sparse.score_after, self.model.training
+        leaves = parameters(self.model)
+        optimizer = self._new_optimizer(leaves)
+        scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps,
+                                  scheduler_specific_kwargs=args.lr_scheduler_kwargs)  # fmt: skip
+        try:
+            self.model.train()
+            with seeded(self.model, self.sparse.seed):
+                for batch in self.scoring_batches(steps):
+                    with self.compute_loss_context_manager():
+                        loss = self.compute_loss(self.model, batch)
+                    loss.backward()
+                    if args.max_grad_norm:
+                        nn.utils.clip_grad_norm_(leaves, args.max_grad_norm)
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+        finally:
+            self.model.train(mode)
+
+    def scoring_batches(self, count: int, order: int = 0) -> list[Any]:
+        """Training batches to score entries on, on the model's device: the first `count` of the epoch with number
+        `order` (and of those after it, where it has not so many); the same whenever they are asked for."""
+        batches: list[Any] = []
+        with torch.random.fork_rng(devices=[]):
+            if self._scoring_loader is None:
+                torch.manual_seed(self.args.seed)  # a shuffling sampler notes the seed at its birth
+                loader = self.get_train_dataloader()
+                # accelerate's wrapper notes where training stands
+                self._scoring_loader = getattr(loader, "base_dataloader", loader)
+            sampler: Any = getattr(getattr(self._scoring_loader, "batch_sampler", None), "sampler", None)
+            while len(batches) < count:
+                torch.manual_seed(self.sparse.seed + order)
+                if hasattr(sampler, "set_epoch"):
+                    sampler.set_epoch(order)
+                before = len(batches)
+                batches += itertools.islice(self._scoring_loader, count - before)
+                if len(batches) == before:
+                    raise ValueError("train_dataset holds no batch")
+                order += 1
+        return [self._prepare_inputs(batch) for batch in batches]
+
+    def _expect_one_process(self) -> None:
         if self.args.world_size > 1:
             raise ValueError("each process would select for itself; sparsify the model before training it in parallel")
-        loader = self.get_train_dataloader()
-        loader = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper notes where training stands
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.sparse.seed)
-            batches = [self._prepare_inputs(b) for b in itertools.islice(loader, self.sparse.batches)]
-        return select(self.model, batches, loss_fn=self.compute_loss, **self.sparse.selection())
+
+    def _new_optimizer(self, leaves: list[Any]) -> SparseAdamW:
+        args, sparse = self.args, self.sparse
+        return SparseAdamW(leaves, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
+                           eps=args.adam_epsilon, weight_decay=args.weight_decay, decay_to=sparse.decay_to,
+                           on_nonfinite=sparse.on_nonfinite)  # fmt: skip
+
+    def schedule(self, step: int, steps: int) -> Schedule:
+        """The schedule of `sparse.refresh`, after `step` of `steps` steps."""
+        self._expect_one_process()
+        plan = self.sparse.refresh
+        assert plan is not None
+        selection = self.sparse.selection() if isinstance(plan, SelectAgain) else {}
+        made = Schedule(self.model, _bare(self.optimizer), plan, steps, loss_fn=self.compute_loss,
+                        **{"seed": self.sparse.seed, **selection})  # fmt: skip
+        made.load_state_dict({"step_count": step})
+        return made
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Select and sparsify if that is still to do, then SparseAdamW over the selected entries."""
         if not selected(self.model):
             sparsify(self.model, self.select())
         if self.optimizer is None:
-            args = self.args
-            leaves = [(name, chosen.values) for name, chosen in selected(self.model).items()]
-            self.optimizer = SparseAdamW(
-                leaves, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
-                weight_decay=args.weight_decay, decay_to=self.sparse.decay_to, on_nonfinite=self.sparse.on_nonfinite,
-            )  # fmt: skip
+            self.optimizer = self._new_optimizer(
+                [(name, chosen.values) for name, chosen in selected(self.model).items()]
+            )
         leaves_now = {chosen.values for chosen in selected(self.model).values()}
         if not leaves_now & {p for group in self.optimizer.param_groups for p in group["params"]}:
             raise ValueError("optimizers: the given one trains none of the selected entries; sparsify the model first "
                              "and give it sparseft.parameters(model)")  # fmt: skip
+        if self.sparse.refresh is not None and not isinstance(_bare(self.optimizer), SparseAdamW):
+            raise TypeError(f"optimizers: refresh needs a SparseAdamW, got {type(_bare(self.optimizer)).__name__}")
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -154,14 +237,29 @@ class SparseTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Sparsify as the checkpoint was, then let Trainer load its weights; the optimizer brings the masters."""
         leaves = _saved_leaves(Path(resume_from_checkpoint))
+        patterns = {name: leaf.pattern for name, leaf in leaves.items()}
+        if not selected(self.model):
+            sparsify(self.model, patterns)
+        elif self.sparse.refresh is not None:  # they may have moved since
+            reselect(self.model, _bare(self.optimizer), patterns)
         now = selected(self.model)
-        if not now:
-            now = selected(sparsify(self.model, {name: pattern for name, (pattern, _) in leaves.items()}))
-        for name, (pattern, base) in leaves.items():
+        for name, (pattern, base, _) in leaves.items():
             if name not in now or now[name].pattern != pattern or not torch.equal(now[name].base.cpu(), base):
                 raise ValueError(f"{resume_from_checkpoint}: {name} was trained from other values or at other entries "
                                  "than this model's; resume with the pretrained model of the first run")  # fmt: skip
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """As in Trainer; entries that moved since go back to where they were."""
+        if self.sparse.refresh is None:
+            super()._load_best_model()
+            return
+        assert self.state.best_model_checkpoint is not None
+        leaves = _saved_leaves(Path(self.state.best_model_checkpoint))
+        reselect(self.model, _bare(self.optimizer), {name: leaf.pattern for name, leaf in leaves.items()})
+        super()._load_best_model()
+        for name, chosen in selected(self.model).items():
+            keep_left_(chosen, leaves[name].left if name in leaves else None)
 
     def _get_train_sampler(self, train_dataset=None):
         """Trainer's, but the grouping by length depends on nothing but the seed and the epoch: runs can be resumed."""
@@ -188,6 +286,20 @@ _REPORTED_ARGUMENTS = ("learning_rate", "weight_decay", "num_train_epochs", "max
                        "gradient_accumulation_steps", "max_grad_norm", "warmup_steps", "seed")  # fmt: skip
 
 
+class _Refresh(TrainerCallback):
+    """Moves the selected entries as `SparseConfig.refresh` says; before a checkpoint of the same step is written."""
+
+    def __init__(self, trainer: SparseTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.schedule = self.trainer.schedule(state.global_step, state.max_steps)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        plan, step = self.schedule.plan, state.global_step
+        self.schedule.step(lambda: self.trainer.scoring_batches(plan.batches, order=step))
+
+
 class _EpochLengthSampler(LengthGroupedSampler):
     """LengthGroupedSampler whose order is a function of (seed, epoch)."""
 
@@ -205,8 +317,16 @@ def _bare(optimizer: Any) -> Any:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def _saved_leaves(checkpoint: Path) -> dict[str, tuple[Pattern, Tensor]]:
-    """Weight name -> (pattern, base values) of a checkpoint written by SparseTrainer."""
+class _SavedLeaf(NamedTuple):
+    """One weight's entries in a checkpoint: the pattern, base values, and what left (as in `layers.Selected`)."""
+
+    pattern: Pattern
+    base: Tensor
+    left: tuple[Tensor, Tensor] | None
+
+
+def _saved_leaves(checkpoint: Path) -> dict[str, _SavedLeaf]:
+    """What a checkpoint written by SparseTrainer trains, by weight name."""
     file = checkpoint / OPTIMIZER_FILE
     if not file.is_file():
         raise ValueError(f"{checkpoint} has no {OPTIMIZER_FILE}: it was saved without the optimizer, or not by Trainer")
@@ -218,5 +338,5 @@ def _saved_leaves(checkpoint: Path) -> dict[str, tuple[Pattern, Tensor]]:
     for number, saved in state["sparse"].items():
         tensors = saved["pattern"]
         pattern = Pattern(tuple(tensors["shape"]), tuple(tensors["tile"]), *(tensors[name] for name in TENSORS))
-        leaves[names[number]] = (pattern.validate(), saved["base"])
+        leaves[names[number]] = _SavedLeaf(pattern.validate(), saved["base"], saved["left"])
     return leaves

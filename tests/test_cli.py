@@ -155,6 +155,25 @@ def test_the_same_seed_gives_the_same_delta_and_resume_continues(start):
     assert_same(change, load_file(again / "delta.safetensors"))
 
 
+@pytest.mark.parametrize("options", [
+    ["--refresh", "spiel", "--refresh-every", 2, "--leaving", "keep", "--allocation", "row"],
+    ["--refresh", "select", "--refresh-every", 2, "--structure", "rows-and-columns", "--score-after", 3],
+], ids=["grow", "again"])  # fmt: skip
+def test_moving_entries_and_late_selection_leave_an_exact_delta(start, options, tmp_path):
+    call(*train(start, *options, "--save-steps", 4, name="moving"))
+    run = start / "runs" / "moving"
+    sparse = json.loads((run / "config.json").read_text())["sparse"]
+    assert sparse["refresh"]["every"] == 2 and sparse["refresh"]["leaving"] == "keep"
+    change = load_file(run / "delta.safetensors")
+    call(*train(start, *options, "--save-steps", 4, "--resume", name="moving"))
+    assert_same(change, load_file(run / "delta.safetensors"))
+    made = tmp_path / "made"
+    call("apply", run / "delta.safetensors", start / "model", "--output", made)
+    call("revert", run / "delta.safetensors", made, "--in-place")
+    assert_same(weights(made), weights(start / "model"))
+    shutil.rmtree(run)
+
+
 def test_evaluation_files_of_one_name_are_refused(start):
     (start / "other").mkdir()
     other = write_jsonl(start / "other" / "held.jsonl", HELD_OUT)
@@ -164,10 +183,12 @@ def test_evaluation_files_of_one_name_are_refused(start):
 
 @pytest.mark.parametrize(("options", "message"), [
     (["--density", 0], "density"), (["--density", 1.5], "density"), (["--criterion", "luck"], "criterion"),
-    (["--allocation", "row"], "allocation"), (["--include", "nothing"], "nothing"), (["--dtype", "int3"], "dtype"),
+    (["--allocation", "luck"], "allocation"), (["--include", "nothing"], "nothing"), (["--dtype", "int3"], "dtype"),
     (["--device", "tpu9"], "device"), (["--tile", 1000], "tile"), (["--eval", "absent.jsonl"], "absent.jsonl"),
     (["--decay-to", "x"], "decay_to"), (["--max-length", 2], "max_length"), (["--name", "run"], "exists already"),
-    (["--resume"], "no run to resume"),
+    (["--resume"], "no run to resume"), (["--structure", "rings"], "structure"), (["--refresh", "x"], "--refresh must"),
+    (["--refresh-every", 3], "go with --refresh"), (["--leaving", "keep"], "go with --refresh"),
+    (["--refresh", "rigl", "--leaving", "x"], "leaving"), (["--refresh", "rigl", "--structure", "rows"], "refresh"),
 ], ids=str)  # fmt: skip
 def test_bad_options_end_in_one_line_and_make_nothing(start, options, message):
     before = sorted((start / "runs").rglob("*"))

@@ -14,9 +14,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
-from sparseft.layers import sparsify
+from sparseft.layers import selected, sparsify
+from sparseft.optim import SparseAdamW
 from sparseft.pattern import Pattern, matrix_shape
-from sparseft.selection import ALLOCATIONS, CRITERIA, Allocation, Criterion, StreamingTopK, eligible, lift, select
+from sparseft.selection import (
+    ALLOCATIONS,
+    CRITERIA,
+    Allocation,
+    Criterion,
+    StreamingTopK,
+    eligible,
+    lift,
+    select,
+    vectors,
+)
 
 VOCAB = 61
 TILE = (8, 8)
@@ -513,23 +524,24 @@ def test_randomised_lift_depends_on_seed_and_name_alone():
 # ---- rows and columns -------------------------------------------------------------------------------------------
 
 
-def choose_lines(scores: dict[str, np.ndarray], density: float, along: int) -> dict[str, np.ndarray]:
-    """Masks of the lines with the largest mean, taken one by one while that comes closer to k."""
+def choose_lines(scores: dict[str, np.ndarray], density: float, along: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Masks of the lines with the largest mean, taken one by one while what they add comes closer to k."""
     scores = {name: s.reshape(matrix_shape(s.shape)) for name, s in scores.items()}
-    lines = [(mean, name, i) for name, s in scores.items() for i, mean in enumerate(s.mean(along))]
+    lines = [(mean, name, a, i) for name, s in scores.items() for a in along for i, mean in enumerate(s.mean(a))]
     masks = {name: np.zeros(s.shape, bool) for name, s in scores.items()}
     k, taken = round(density * sum(s.size for s in scores.values())), 0
-    for _, name, i in sorted(lines, key=lambda line: -line[0]):
-        size = scores[name].shape[along]
-        if abs(taken + size - k) >= abs(taken - k):
+    for _, name, a, i in sorted(lines, key=lambda line: -line[0]):
+        line = masks[name][(i, slice(None)) if a == 1 else (slice(None), i)]
+        size = int((~line).sum())  # without the entries that crossing lines have taken
+        if size and abs(taken + size - k) >= abs(taken - k):
             break
-        masks[name][(i, slice(None)) if along == 1 else (slice(None), i)] = True
+        line[:] = True
         taken += size
     return masks
 
 
 @pytest.mark.parametrize("density", [0.02, 0.15, 1.0])
-@pytest.mark.parametrize(("structure", "along"), [("rows", 1), ("columns", 0)])
+@pytest.mark.parametrize(("structure", "along"), [("rows", (1,)), ("columns", (0,)), ("rows-and-columns", (1, 0))])
 @pytest.mark.parametrize("allocation", ["global", "layer", "kind"])
 @pytest.mark.parametrize("which", MODELS)
 def test_lines_are_the_dense_reference(which, allocation, structure, along, density):
@@ -546,10 +558,87 @@ def test_lines_are_the_dense_reference(which, allocation, structure, along, dens
     assert_same(select(model, data, **settings), expected)
 
 
-def test_lines_keep_no_scores(caplog):
+@pytest.mark.parametrize("structure", ["rows", "rows-and-columns"])
+def test_lines_keep_no_scores(structure, caplog):
     with caplog.at_level(logging.INFO, "sparseft"):
-        select(make_mlp(), mlp_batches(1), density=0.1, structure="rows", loss_fn=mlp_loss)
+        select(make_mlp(), mlp_batches(1), density=0.1, structure=structure, loss_fn=mlp_loss)
     assert "score buffer: 0.0 MB for 0 of 2 weights" in caplog.text
+
+
+def test_crossing_lines_fill_few_tiles():
+    """Chosen rows and chosen columns stand first, so their cross lies in the first bands."""
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    with torch.no_grad():
+        model[0].weight.fill_(1e-3)
+        model[0].weight[[3, 60]] = 2.0
+        model[0].weight[:, [5, 30, 50]] = 1.0
+    k = 2 * 64 + 3 * 64 - 6
+    pattern = select(model, criterion="magnitude", density=k / 64**2, structure="rows-and-columns", tile=TILE)[
+        "0.weight"
+    ]
+    expected = torch.zeros(64, 64, dtype=torch.bool)
+    expected[[3, 60]], expected[:, [5, 30, 50]] = True, True
+    assert torch.equal(pattern.to_mask(), expected)
+    assert len(pattern.tiles) == 8 + 8 - 1
+
+
+# ---- the same number for every row --------------------------------------------------------------------------------
+
+
+def choose_per_row(scores: np.ndarray, density: float, tile_budget: float) -> np.ndarray:
+    """Mask of every row's best entries, inside every band's best tiles, in plain loops."""
+    s = scores.reshape(matrix_shape(scores.shape))
+    (n, m), k = s.shape, round(density * s.size)
+
+    def choose(s: np.ndarray) -> np.ndarray:
+        mask = np.zeros(s.shape, bool)
+        for i, row in enumerate(s):
+            mask[i, top(row, k // n)] = True
+        left = [(-np.where(mask[i], -np.inf, row).max(), i) for i, row in enumerate(s)]
+        for _, i in sorted(left)[: k % n]:
+            mask[i, np.where(mask[i], -np.inf, s[i]).argmax()] = True
+        return mask
+
+    free = choose(s)
+    if tile_budget == 1:
+        return free
+    mass, allowed = np.where(free, s, 0.0), np.full(s.shape, -1.0)
+    rows, cols = np.argsort(-mass.sum(1), kind="stable"), np.argsort(-mass.sum(0), kind="stable")
+    for r in range(0, n, TILE[0]):
+        blocks = [np.ix_(rows[r : r + TILE[0]], cols[c : c + TILE[1]]) for c in range(0, m, TILE[1])]
+        blocks.sort(key=lambda block: -mass[block].sum())
+        room = 0
+        for number, block in enumerate(blocks):
+            if number < round(tile_budget * len(blocks)) or room < -(-k // n):
+                allowed[block], room = s[block], room + s[block].shape[1]
+    return choose(allowed)
+
+
+@pytest.mark.parametrize("density", [0.01, 0.15, 1.0])
+@pytest.mark.parametrize("tile_budget", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("which", MODELS)
+def test_rows_get_their_own_entries_as_in_the_dense_reference(which, tile_budget, density, monkeypatch):
+    monkeypatch.setattr("sparseft.selection.rows.CHUNK", 100)  # a few rows at a time
+    make, batches, loss_fn = MODELS[which]
+    model = make().double()
+    data = [x.double() if isinstance(x, Tensor) else x for x in batches(2)]
+    scores = dense_scores(model, data, "grad", loss_fn)
+    patterns = select(
+        model, data, density=density, allocation="row", tile=TILE, tile_budget=tile_budget, loss_fn=loss_fn
+    )
+    for name, found in masks_of(patterns, scores).items():
+        expected = choose_per_row(scores[name], density, tile_budget)
+        np.testing.assert_array_equal(found.reshape(expected.shape), expected, err_msg=name)
+        counts = expected.sum(1)
+        assert counts.max() - counts.min() <= 1
+        assert counts.sum() == round(density * expected.size)
+
+
+def test_equal_scores_of_rows_go_to_the_lower_positions():
+    model = nn.Sequential(nn.Linear(10, 4, bias=False))
+    nn.init.ones_(model[0].weight)
+    pattern = select(model, criterion="magnitude", density=0.25, allocation="row", tile_budget=1.0)["0.weight"]
+    assert pattern.indices().sort().values.tolist() == [0, 1, 2, 10, 11, 12, 20, 21, 30, 31]
 
 
 # ---- norms and biases -------------------------------------------------------------------------------------------
@@ -842,9 +931,13 @@ ERRORS = {
     "too little": ({"density": 1e-4}, ValueError, "density 0.0001 selects no entry: the largest budget has 117"),
     "tile budget": ({"tile_budget": 0.0}, ValueError, r"tile_budget must lie in \(0, 1\], got 0"),
     "tile": ({"tile": (512, 512)}, ValueError, "tile must be two positive sizes"),
-    "allocation": ({"allocation": "best"}, ValueError, r"Allocation or one of .*'mixed'\], got 'best'"),
+    "allocation": ({"allocation": "best"}, ValueError, r"Allocation or one of .*'row'\], got 'best'"),
     "floor": ({"allocation": Allocation(str, 1.5)}, ValueError, r"allocation.floor must lie in \[0, 1\], got 1.5"),
-    "structure": ({"structure": "row"}, ValueError, r"structure must be one of \['entries', 'rows', 'columns'\], got"),
+    "structure": (
+        {"structure": "row"},
+        ValueError,
+        r"structure must be one of \['entries', 'rows', 'columns', 'rows-.*\], got 'row'",
+    ),
     "half a row": (
         {"structure": "rows", "density": 0.01},
         ValueError,
@@ -855,6 +948,13 @@ ERRORS = {
         ValueError,
         "a floor goes by entries, and .*'rows'",
     ),
+    "rows of lines": ({"structure": "rows", "allocation": "row"}, ValueError, "rows go by entries, and .*'rows'"),
+    "rows of several": (
+        {"allocation": Allocation(lambda n: "", rows=True)},
+        ValueError,
+        "first.weight and .* share one",
+    ),
+    "rows with a floor": ({"allocation": Allocation(str, 0.5, rows=True)}, ValueError, "floor must be 0"),
     "criterion": ({"criterion": "gard"}, ValueError, "one of .*'fisher', 'grad', .*got 'gard'"),
     "no match": (
         {"include": "attention"},
@@ -1072,8 +1172,59 @@ def test_integer_parameters_are_never_eligible():
     assert patterns.keys() == {"up.weight", "down.weight"}
 
 
-def test_a_sparsified_model_is_refused():
-    model = torch.nn.Linear(8, 8)
-    sparsify(model, select(model, criterion="magnitude", density=0.1))
-    with pytest.raises(ValueError, match="densify"):
-        select(model, criterion="magnitude", density=0.1)
+@pytest.mark.parametrize("criterion", ["grad", "taylor", "fisher", "wanda", "magnitude"])
+@pytest.mark.parametrize("which", MODELS)
+def test_a_sparsified_model_is_scored_as_the_plain_one_with_its_weights(which, criterion):
+    make, batches, loss_fn = MODELS[which]
+    # everything, embeddings and vectors too; Wanda only knows linear layers
+    include = "*" if criterion != "wanda" else {"olmoe": "self_attn"}.get(which)
+    options = {"density": 0.1, "tile": TILE, "tile_budget": 0.5, "loss_fn": loss_fn, "include": include}
+    model = make()
+    patterns = select(model, batches(1), **options)
+    sparsify(model, patterns)
+    optimizer = SparseAdamW(model, lr=0.05)
+
+    def loss(batch) -> Tensor:
+        return loss_fn(model, batch) if loss_fn else model(**batch).loss
+
+    for batch in batches(3):
+        loss(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    loss(batches(1)[0]).backward()  # gradients that wait for the next step
+    plain = make()
+    plain.load_state_dict(model.state_dict())
+
+    def state() -> list:
+        leaves = [(c.values.detach().clone(), c.values.grad.clone(), c.pattern) for c in selected(model).values()]
+        flags = [(type(m), [p.requires_grad for p in m.parameters(recurse=False)]) for m in model.modules()]
+        return [*leaves, *flags]
+
+    before = state()
+    found = select(model, batches(2), criterion=criterion, **options)
+    assert digests(found) == digests(select(plain, batches(2), criterion=criterion, **options))
+    for old, new in zip(before, state(), strict=True):
+        assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(old, new, strict=True))
+    loss(batches(1)[0]).backward()
+    for chosen in selected(model).values():
+        assert chosen.weight.grad is None and chosen.values.grad.isfinite().all()
+
+
+def test_leaves_are_no_weights():
+    model = make_mlp()
+    names = list(eligible(model, include="*")), list(vectors(model))
+    sparsify(model, select(model, criterion="magnitude", density=0.5, train_norms=True))
+    assert (list(eligible(model, include="*")), list(vectors(model))) == names
+    again = select(model, criterion="magnitude", density=0.5, train_norms=True, allocation="layer")
+    assert again.keys() == {"up.weight", "up.bias", "norm.weight", "norm.bias", "down.weight"}
+
+
+def test_a_sparsified_model_is_left_in_order_by_an_error():
+    model = make_mlp()
+    sparsify(model, select(model, criterion="magnitude", density=0.5))
+    classes = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match="scalar"):
+        select(model, mlp_batches(1), density=0.1, loss_fn=lambda m, batch: m(batch))
+    assert [type(m) for m in model.modules()] == classes
+    mlp_loss(model, mlp_batches(1)[0]).backward()
+    assert all(c.values.grad is not None and c.weight.grad is None for c in selected(model).values())

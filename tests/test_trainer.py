@@ -1,6 +1,7 @@
 """SparseTrainer: the plain Trainer's loss, exact resumption, and nothing but the selected entries changed."""
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import sparseft
 from sparseft.data import IGNORE, Collator, Encoder, Examples, tokenize
 from sparseft.delta import Delta
 from sparseft.layers import selected
+from sparseft.schedules import DropAndGrow, SelectAgain
 from sparseft.trainer import SparseConfig, SparseTrainer, SparseTrainingArguments
 
 from .tiny import PAIRS, VOCABULARY, gpt2, llama, tokenizer
@@ -255,6 +257,118 @@ def test_early_stopping_brings_back_the_best_model(tmp_path):
     assert one.evaluate()["eval_loss"] == pytest.approx(one.state.best_metric, rel=RELATIVE)
 
 
+# ---- masks that move ----------------------------------------------------------------------------------------------
+
+MOVING = {
+    "grow": DropAndGrow(every=2, until=1.0, fraction=0.5, batches=2),
+    "grow, kept": DropAndGrow(every=2, until=1.0, fraction=0.5, leaving="keep"),
+    "again": SelectAgain(every=3, batches=2),
+    "again, reverted": SelectAgain(every=3, batches=2, leaving="revert"),
+}
+
+
+def moving(name: str) -> SparseConfig:
+    return dataclasses.replace(SPARSE, refresh=MOVING[name])
+
+
+@pytest.mark.parametrize("name", MOVING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_run_with_moving_entries_ends_as_the_uninterrupted_one(name, dtype, tmp_path):
+    options = {"max_steps": 9, "save_strategy": "steps", "save_steps": 4}
+    whole = trainer(llama(dtype=dtype), tmp_path, sparse=moving(name), **options)
+    first = whole.select()
+    whole.train()
+    assert sparseft.patterns(whole.model) != first
+    for checkpoint in ("checkpoint-4", "checkpoint-8"):
+        resumed = trainer(llama(dtype=dtype), tmp_path / "r", sparse=moving(name), **{**options, "save_strategy": "no"})
+        resumed.train(resume_from_checkpoint=str(tmp_path / checkpoint))
+        assert_same_state(state(resumed.model), state(whole.model))
+        assert sparseft.patterns(resumed.model) == sparseft.patterns(whole.model)
+        mine, theirs = resumed.delta(), whole.delta()
+        for weight, change in theirs.changes.items():
+            for part, tensor in change.tensors().items():
+                assert torch.equal(mine.changes[weight].tensors()[part], tensor), (weight, part)
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_the_delta_of_moving_entries_undoes_the_training(name, tmp_path):
+    model = llama(dtype=torch.bfloat16)
+    start = copy.deepcopy(model)
+    one = trainer(model, tmp_path, sparse=moving(name), max_steps=8, bf16=True)
+    one.train()
+    trained = state(model)
+    one.delta().save(tmp_path / "delta.safetensors")
+    delta = Delta.load(tmp_path / "delta.safetensors")
+    assert delta.metadata["sparse"]["refresh"] == dataclasses.asdict(MOVING[name])
+    assert_same_state(state(delta.apply_(start)), trained)
+    assert_same_state(state(delta.revert_(model)), state(llama(dtype=torch.bfloat16)))
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_the_best_model_comes_back_with_its_entries(name, tmp_path):
+    model = llama()
+    every = {
+        f"{what}_{how}": value for what in ("eval", "save") for how, value in (("strategy", "steps"), ("steps", 1))
+    }
+    # the highest loss counts as best: that of an early step, after which entries have moved
+    one = trainer(model, tmp_path, sparse=moving(name), load_best_model_at_end=True, greater_is_better=True,
+                  metric_for_best_model="eval_loss", max_steps=6, learning_rate=0.03, **every)  # fmt: skip
+    one.train()
+    assert one.state.best_global_step < 4
+    best = AutoModelForCausalLM.from_pretrained(one.state.best_model_checkpoint)
+    assert_same_state(state(best), state(model))
+    one.delta().apply_(plain := llama())
+    assert_same_state(state(plain), state(best))
+    one.model(torch.arange(10)[None], labels=torch.arange(10)[None]).loss.backward()
+    assert all(len(c.values.grad) == len(c.pattern) for c in selected(model).values())
+
+
+def test_scoring_batches_depend_on_the_number_alone(tmp_path):
+    def ids(one: SparseTrainer, *args) -> list[list]:
+        return [batch["input_ids"].tolist() for batch in one.scoring_batches(*args)]
+
+    for sampling in ("group_by_length", "random"):
+        one, other = (trainer(llama(), tmp_path, train_sampling_strategy=sampling) for _ in range(2))
+        expected = [ids(one, 3, order) for order in (0, 5, 6)]
+        assert [ids(other, 3, order) for order in (6, 0, 5)] == [expected[i] for i in (2, 0, 1)]
+        assert expected[0] != expected[1] != expected[2]
+        assert len(ids(one, 20)) == 20  # more than an epoch has
+
+
+def test_refresh_wants_what_it_needs(tmp_path):
+    one = trainer(llama(), tmp_path, sparse=moving("grow"))
+    sparseft.sparsify(one.model, one.select())
+    one.optimizer = torch.optim.AdamW(sparseft.parameters(one.model))
+    with pytest.raises(TypeError, match="needs a SparseAdamW"):
+        one.train()
+    with pytest.raises(ValueError, match="save_only_model"):
+        trainer(llama(), tmp_path, sparse=moving("grow"), load_best_model_at_end=True, save_only_model=True,
+                eval_strategy="steps", save_strategy="steps", eval_steps=2, save_steps=2)  # fmt: skip
+
+
+# ---- selecting late -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"max_grad_norm": 0.0}], ids=str)
+def test_a_late_selection_starts_from_the_pretrained_weights(options, tmp_path):
+    model = llama()
+    before, mode = state(model), model.training
+    early = trainer(llama(), tmp_path, **options).select()
+    torch.manual_seed(11)
+    random = torch.get_rng_state()
+    late = dataclasses.replace(SPARSE, score_after=6)
+    one = trainer(model, tmp_path, sparse=late, learning_rate=0.05, **options)
+    torch.manual_seed(11)
+    found = one.select()
+    assert torch.equal(torch.get_rng_state(), random)
+    assert_same_state(state(model), before)
+    assert not selected(model) and model.training == mode
+    assert found != early and sum(map(len, found.values())) == sum(map(len, early.values()))
+    assert found == trainer(llama(), tmp_path, sparse=late, learning_rate=0.05, **options).select()
+    one.train()
+    assert sparseft.patterns(model) == found
+
+
 # ---- the change ---------------------------------------------------------------------------------------------------
 
 
@@ -286,11 +400,11 @@ def test_a_dense_learning_rate_is_warned_about(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [
-    {"density": 0.0}, {"density": 1.5}, {"tile_budget": 0}, {"criterion": "luck"}, {"allocation": "row"},
-    {"batches": 0},
+    {"density": 0.0}, {"density": 1.5}, {"tile_budget": 0}, {"criterion": "luck"}, {"allocation": "luck"},
+    {"batches": 0}, {"structure": "rings"}, {"score_after": -1}, {"refresh": DropAndGrow(), "structure": "rows"},
 ], ids=str)  # fmt: skip
 def test_wrong_settings_are_refused_at_once(wrong):
-    (name,) = wrong
+    name, *_ = wrong
     with pytest.raises(ValueError, match=name):
         SparseConfig(**wrong)
 

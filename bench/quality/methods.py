@@ -14,7 +14,6 @@ from torch import nn
 import sparseft
 from bench.quality.training import Batch, Schedule, loss_of, train
 from sparseft.layers import selected
-from sparseft.ops import scatter_delta_
 from sparseft.pattern import Pattern
 from sparseft.selection import eligible, select
 from sparseft.selection.targets import Targets, output_embedding
@@ -139,17 +138,11 @@ def sparse(
     def choose() -> dict[str, Pattern]:
         return select(model, setting.batches(batches), density=density, seed=setting.seed, loss_fn=loss_of, **selection)
 
-    patterns = choose()
-    if score_after:
-        sparseft.sparsify(model, patterns)
+    def warm_up() -> None:
         warm = Trainable(model, sparseft.SparseAdamW(model, lr=setting.rate), sparseft.parameters(model))
         train(warm, setting.batches(score_after), replace(setting.schedule, steps=score_after))
-        learned = [(c.weight, c.base, c.pattern) for c in selected(model).values()]
-        sparseft.densify(model)
-        patterns = choose()
-        with torch.no_grad():
-            for weight, base, pattern in learned:
-                scatter_delta_(weight, base, pattern, "copy")
+
+    patterns = sparseft.select_late(model, choose, warm_up) if score_after else choose()
     if train_targets:
         patterns |= _target_rows(model, setting.batches(batches), patterns)
     sparseft.sparsify(model, patterns)

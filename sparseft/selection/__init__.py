@@ -13,19 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseft.layers import plain, selected
+from sparseft.layers import computing_densely, plain
 from sparseft.pattern import Pattern, check_tile
 from sparseft.selection.budget import ALLOCATIONS, LINES, Allocation, Budget, LineBudget
 from sparseft.selection.criteria import CRITERIA, Criterion, find, lift
 from sparseft.selection.gradients import Backward
 from sparseft.selection.inputs import Forward
-from sparseft.selection.scoring import Scoring
+from sparseft.selection.rows import RowBudget
+from sparseft.selection.scoring import AnyBudget, Scoring
 from sparseft.selection.topk import StreamingTopK
 from sparseft.selection.weights import eligible, vectors
 
 __all__ = [
     "ALLOCATIONS",
     "CRITERIA",
+    "STRUCTURES",
     "Allocation",
     "Criterion",
     "StreamingTopK",
@@ -36,6 +38,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+STRUCTURES = ("entries", *LINES)
 
 
 def select(
@@ -70,7 +74,8 @@ def select(
     are several batches, and when several weights share a budget with `tile_budget` < 1.
 
     Args:
-        model: any module. Frozen weights may be selected too.
+        model: any module. Frozen weights may be selected too. A sparsified model is scored as it is now, all eligible
+            entries alike: see `reselect` for what to do with the patterns.
         batches: mappings for `model(**batch)` with a loss, their tensors moved to the model's device; or anything that
             `loss_fn` takes. An iterable is read once. None for criteria that need no data.
         density: share of the eligible entries to select, in (0, 1].
@@ -80,10 +85,11 @@ def select(
         tile_budget: share of all tiles that may hold entries, in (0, 1]; 1.0 leaves the choice free. Never fewer
             tiles than k entries need.
         allocation: a name in ALLOCATIONS, or an Allocation: "global", one budget for all eligible weights; "layer",
-            one for each; "kind", one for all q_proj, one for all down_proj and so on; "mixed", half of a global
-            budget by size, half to the best entries. It applies to entries and to tiles.
-        structure: "entries"; or whole "rows" or "columns" (of the weight as [-1, last dimension]) with the largest
-            mean |score|, as many as come closest to k. Lines stay whole, so `tile_budget` has no say.
+            one for each; "row", the same number for each row of each weight (as [-1, last dimension]), within one;
+            "kind", one for all q_proj, one for all down_proj and so on; "mixed", half of a global budget by size, half
+            to the best entries. It applies to entries and to tiles.
+        structure: "entries"; or whole "rows", "columns" or "rows-and-columns" (of the weight as [-1, last dimension])
+            with the largest mean |score|, as many as come closest to k. Lines stay whole, so `tile_budget` has no say.
         include, exclude: see `eligible`.
         train_norms: also select every entry of the norm and bias vectors (those that `exclude` leaves), on top of
             what `density` gives: a fraction of a per mille of most models' weights.
@@ -97,8 +103,6 @@ def select(
         ValueError, TypeError: an argument does not fit, a batch gives no loss or no gradient, or a score is not
             finite (the weight and the batch are named). The model is as it was.
     """
-    if selected(model):
-        raise ValueError("model is sparsified already; densify it before selecting again")
     model = plain(model)
     rule = find(criterion)
     _check(density, tile, tile_budget, _allocation(allocation), structure)
@@ -113,7 +117,8 @@ def select(
     if batches is None or rule.accumulate is None:
         scoring.without_gradients()
     else:
-        scoring.with_batches((Forward if rule.of_inputs else Backward)(model, weights, loss_fn), batches)
+        with computing_densely(model):
+            scoring.with_batches((Forward if rule.of_inputs else Backward)(model, weights, loss_fn), batches)
     patterns = {name: budgets[name].patterns[name] for name in weights if name in budgets[name].patterns}
     if not patterns:
         raise ValueError(f"density {density} selects nothing: it is less than half of one of the {structure}")
@@ -130,27 +135,35 @@ def _whole(weight: Tensor, tile: tuple[int, int]) -> Pattern:
     return Pattern.from_indices(torch.arange(weight.numel(), device=weight.device), weight.shape, tile=tile)
 
 
-def _budgets(weights, density, tile, tile_budget, allocation: Allocation, structure) -> dict[str, Budget | LineBudget]:
+def _budgets(weights, density, tile, tile_budget, allocation: Allocation, structure) -> dict[str, AnyBudget]:
     """The budget of each weight; weights whose budget rounds to no entry are left out."""
     groups: dict[Hashable, list[str]] = {}
     for name in weights:
         groups.setdefault(allocation.budget(name), []).append(name)
-    budgets: dict[str, Budget | LineBudget] = {}
+    budgets: dict[str, AnyBudget] = {}
     for names in groups.values():
         members = {name: tuple(weights[name].shape) for name in names}
         k = round(density * sum(weights[name].numel() for name in names))
         if k:
             edges = int(tile[0]), int(tile[1])
-            budget = (
-                Budget(members, k, edges, tile_budget, allocation.floor)
-                if structure == "entries"
-                else LineBudget(members, k, edges, LINES[structure])
-            )
+            budget: AnyBudget
+            if structure != "entries":
+                budget = LineBudget(members, k, edges, LINES[structure])
+            elif allocation.rows:
+                budget = RowBudget(_only(names), members[names[0]], k, edges, tile_budget)
+            else:
+                budget = Budget(members, k, edges, tile_budget, allocation.floor)
             budgets.update(dict.fromkeys(names, budget))
     if not budgets:
         largest = max(sum(weights[name].numel() for name in names) for names in groups.values())
         raise ValueError(f"density {density} selects no entry: the largest budget has {largest} entries")
     return budgets
+
+
+def _only(names: list[str]) -> str:
+    if len(names) > 1:
+        raise ValueError(f"allocation: with rows every weight has its own budget, {names[0]} and {names[1]} share one")
+    return names[0]
 
 
 def _allocation(allocation: str | Allocation) -> Allocation:
@@ -167,10 +180,13 @@ def _check(density, tile, tile_budget, allocation: Allocation, structure) -> Non
             raise ValueError(f"{name} must lie in (0, 1], got {share}")
     if not 0 <= allocation.floor <= 1:
         raise ValueError(f"allocation.floor must lie in [0, 1], got {allocation.floor}")
-    if structure not in ("entries", *LINES):
-        raise ValueError(f"structure must be one of {['entries', *LINES]}, got {structure!r}")
-    if structure != "entries" and allocation.floor:
-        raise ValueError(f"allocation: a floor goes by entries, and structure is {structure!r}")
+    if structure not in STRUCTURES:
+        raise ValueError(f"structure must be one of {list(STRUCTURES)}, got {structure!r}")
+    if structure != "entries" and (allocation.floor or allocation.rows):
+        what = "a floor goes" if allocation.floor else "rows go"
+        raise ValueError(f"allocation: {what} by entries, and structure is {structure!r}")
+    if allocation.floor and allocation.rows:
+        raise ValueError("allocation: rows get their entries for certain; floor must be 0")
     check_tile(tile)
 
 
@@ -184,7 +200,7 @@ def _check_batches(rule: Criterion, batches) -> None:
         raise TypeError(f"batches must be an iterable of batches, got {type(batches).__name__}; one batch: [batch]")
 
 
-def _report(patterns: dict[str, Pattern], budgets: set[Budget | LineBudget]) -> None:
+def _report(patterns: dict[str, Pattern], budgets: set[AnyBudget]) -> None:
     chosen, tiles = sum(map(len, patterns.values())), sum(len(p.tiles) for p in patterns.values())
     free, kept = sum(b.free_mass for b in budgets), sum(b.mass for b in budgets)
     logger.info(

@@ -20,10 +20,13 @@ class Allocation:
         budget: weight name -> name of the budget that it shares.
         floor: share of a budget, in [0, 1], that its weights get for certain, each by its size; the rest goes to
             the best entries wherever they are. It applies to entries and to tiles.
+        rows: every row of a weight gets the same number of entries (see `RowBudget`); `budget` must then give each
+            weight its own.
     """
 
     budget: Callable[[str], Hashable]
     floor: float = 0.0
+    rows: bool = False
 
 
 def kind(name: str) -> str:
@@ -35,6 +38,7 @@ ALLOCATIONS: dict[str, Allocation] = {
     "global": Allocation(lambda name: ""),
     "layer": Allocation(lambda name: name),
     "kind": Allocation(kind),  # one budget for all q_proj, one for all down_proj, ...
+    "row": Allocation(lambda name: name, rows=True),
     "mixed": Allocation(lambda name: "", floor=0.5),  # halfway between global and layer
 }
 
@@ -47,21 +51,31 @@ class Grid:
     Args:
         shape: (N, K). `tile`: rows and columns of a tile; tiles are numbered row by row.
         indices: int64 [k], the flat positions chosen in this weight. `scores`: [k], theirs.
+        before: a pattern of this weight whose rows and columns come first, in its order: its entries keep their tiles.
     """
 
-    def __init__(self, shape: tuple[int, int], tile: tuple[int, int], indices: Tensor, scores: Tensor):
+    def __init__(self, shape: tuple[int, int], tile: tuple[int, int], indices: Tensor, scores: Tensor,
+                 before: Pattern | None = None):  # fmt: skip
         self._shape, self._tile = shape, tile
         index, mass = indices.cpu(), scores.double().cpu()
         row, col = index // shape[1], index % shape[1]
         self._row_order, self._col_order = _by_mass(row, mass, shape[0]), _by_mass(col, mass, shape[1])
+        if before is not None:
+            self._row_order = _first(before.rows.cpu().long(), self._row_order)
+            self._col_order = _first(before.cols.cpu().long(), self._col_order)
         self._row_place, self._col_place = self._row_order.argsort(), self._col_order.argsort()
         rows = torch.bincount(torch.arange(shape[0]) // tile[0])
         cols = torch.bincount(torch.arange(shape[1]) // tile[1])
-        number = self._row_place[row] // tile[0] * len(cols) + self._col_place[col] // tile[1]
+        self._across = len(cols)
+        number = self.tiles_of(index)
         self.capacity = (rows[:, None] * cols).reshape(-1)  # entries per tile: those at the edges are smaller
         self.count = torch.bincount(number, minlength=len(self.capacity))  # chosen entries per tile
         self.mass = torch.zeros(len(self.capacity), dtype=torch.float64).index_add_(0, number, mass)
-        self._across = len(cols)
+
+    def tiles_of(self, indices: Tensor) -> Tensor:
+        """int64, on the CPU: the number of each position's tile."""
+        row, col = indices.cpu() // self._shape[1], indices.cpu() % self._shape[1]
+        return self._row_place[row] // self._tile[0] * self._across + self._col_place[col] // self._tile[1]
 
     def positions(self, keep: Tensor, device: torch.device) -> Tensor:
         """int64 flat positions inside the tiles that `keep` (bool, one per tile) marks, ascending."""
@@ -74,6 +88,14 @@ class Grid:
         row, col = indices.cpu() // self._shape[1], indices.cpu() % self._shape[1]
         row_order = self._row_order[: int(self._row_place[row].max()) + 1].to(indices.device)
         col_order = self._col_order[: int(self._col_place[col].max()) + 1].to(indices.device)
+        return Pattern.from_indices(indices, self._shape, tile=self._tile, row_order=row_order, col_order=col_order)
+
+    def pattern_in_place(self, indices: Tensor) -> Pattern:
+        """As `pattern`, but every tile-high band of rows without an entry is left out, and every such band of columns;
+        the other entries keep their tiles."""
+        row, col = indices.cpu() // self._shape[1], indices.cpu() % self._shape[1]
+        row_order = _bands(self._row_order, self._row_place[row], self._tile[0]).to(indices.device)
+        col_order = _bands(self._col_order, self._col_place[col], self._tile[1]).to(indices.device)
         return Pattern.from_indices(indices, self._shape, tile=self._tile, row_order=row_order, col_order=col_order)
 
 
@@ -179,59 +201,80 @@ class FlooredTopK:
         return selected
 
 
+# structure -> the dimensions along which its lines run: 1 for rows, 0 for columns
+LINES: dict[str, tuple[int, ...]] = {"rows": (1,), "columns": (0,), "rows-and-columns": (1, 0)}
+
+
 class LineBudget:
     """As Budget, but rows or columns are chosen whole, by their mean |score|; no score is kept.
 
-    The best lines are taken as long as that brings the number of entries closer to k.
+    The best lines are taken as long as that brings the number of entries closer to k. An entry where a chosen row
+    crosses a chosen column counts once (in `mass`, twice).
 
     Args:
         shapes, k, tile: as in Budget.
-        along: the dimension along which a line runs: 1 for rows, 0 for columns.
+        along: the dimensions along which lines run; equal means go to the earlier weight, and of its lines to
+            those of the first dimension named.
     """
 
     waits = False
 
-    def __init__(self, shapes: Mapping[str, Sequence[int]], k: int, tile: tuple[int, int], along: int):
+    def __init__(self, shapes: Mapping[str, Sequence[int]], k: int, tile: tuple[int, int], along: tuple[int, ...]):
         self._shapes = {name: matrix_shape(shape) for name, shape in shapes.items()}
         self._k, self._tile, self._along = k, tile, along
-        self._mass: dict[str, Tensor] = {}  # fp64, the sum of |score| of every line
+        self._mass: dict[str, list[Tensor]] = {}  # fp64, per dimension the sum of |score| of every line
         self.tiles = sum(_tiles(shape, tile) for shape in self._shapes.values())
         self.patterns: dict[str, Pattern] = {}  # the result, once every weight was added
         self.free_mass = self.mass = 0.0  # sum of |scores| of the choice
 
     def add(self, name: str, scores: Tensor) -> None:
         """Take one weight's scores (fp32 or fp64, of the weight's shape); the last one triggers the choice."""
-        self._mass[name] = scores.reshape(self._shapes[name]).abs().sum(self._along, dtype=torch.float64)
+        matrix = scores.reshape(self._shapes[name]).abs()
+        self._mass[name] = [matrix.sum(dimension, dtype=torch.float64) for dimension in self._along]
         if len(self._mass) == len(self._shapes):
             self._choose()
 
     def _choose(self) -> None:
-        mass = torch.cat([self._mass[name].cpu() for name in self._shapes])
-        lengths = {name: shape[self._along] for name, shape in self._shapes.items()}
-        length = torch.cat(
-            [torch.full_like(self._mass[n], lengths[n], device="cpu", dtype=torch.int64) for n in lengths]
-        )
-        order = torch.argsort(mass / length, descending=True, stable=True)
-        after = length[order].cumsum(0)
+        blocks = [(name, dimension) for name in self._shapes for dimension in self._along]
+        parts = [part.cpu() for name in self._shapes for part in self._mass[name]]
+        mass = torch.cat(parts)
+        sizes = [len(part) for part in parts]
+        length = torch.tensor([self._shapes[name][dimension] for name, dimension in blocks])
+        block = torch.repeat_interleave(torch.arange(len(blocks)), torch.tensor(sizes))
+        order = torch.argsort(mass / length[block], descending=True, stable=True)
+        adds = length[block[order]] - self._crossed(block[order])
+        after = adds.cumsum(0)
         keep = torch.zeros(len(mass), dtype=torch.bool)
-        keep[order[(after - self._k).abs() < (after - length[order] - self._k).abs()]] = True
+        keep[order[(after - self._k).abs() < (after - adds - self._k).abs()]] = True
         self.free_mass = self.mass = float(mass[keep].sum())
-        parts = keep.split([len(self._mass[name]) for name in self._shapes])
-        for (name, shape), part in zip(self._shapes.items(), parts, strict=True):
-            if part.any():
-                lines = part.nonzero().squeeze(1).to(self._mass[name].device)
-                self.patterns[name] = self._pattern(shape, lines, self._mass[name][lines])
+        lines = dict(zip(blocks, keep.split(sizes), strict=True))
+        for name in self._shapes:
+            if any(lines[name, dimension].any() for dimension in self._along):
+                self.patterns[name] = self._pattern(name, [lines[name, dimension] for dimension in self._along])
 
-    def _pattern(self, shape: tuple[int, int], lines: Tensor, mass: Tensor) -> Pattern:
-        across = torch.arange(shape[self._along], device=lines.device)
-        row, col = (lines[:, None], across) if self._along == 1 else (across[:, None], lines)
-        carried = mass[:, None] if self._along == 1 else mass
-        indices = row * shape[1] + col
-        return Pattern.from_indices(indices.reshape(-1), shape, tile=self._tile,
-                                    mass=carried.expand(indices.shape).reshape(-1))  # fmt: skip
+    def _crossed(self, block: Tensor) -> Tensor:
+        """int64: how many lines of the same weight in the other direction come before each line (both in order)."""
+        crossed = torch.zeros_like(block)
+        if len(self._along) == 2:  # a weight's two blocks are neighbours: 2 i and 2 i + 1
+            for first in range(0, 2 * len(self._shapes), 2):
+                mine = ((block == first) | (block == first + 1)).nonzero().squeeze(1)
+                second = block[mine] == first + 1
+                crossed[mine] = torch.where(second, (~second).cumsum(0), second.cumsum(0))
+        return crossed
 
-
-LINES = {"rows": 1, "columns": 0}  # structure -> the dimension along which its lines run
+    def _pattern(self, name: str, keep: list[Tensor]) -> Pattern:
+        shape = self._shapes[name]
+        indices, carried = [], []
+        for dimension, mass, part in zip(self._along, self._mass[name], keep, strict=True):
+            lines = part.nonzero().squeeze(1).to(mass.device)
+            across = torch.arange(shape[dimension], device=lines.device)
+            flat = lines[:, None] * shape[1] + across if dimension == 1 else across * shape[1] + lines[:, None]
+            indices.append(flat.reshape(-1))
+            carried.append(mass[lines][:, None].expand(flat.shape).reshape(-1))
+        entries, which = torch.cat(indices).unique(return_inverse=True)
+        # an entry carries its lines' mass, so that chosen rows and columns come first; on the CPU, in a fixed order
+        total = torch.zeros(len(entries), dtype=torch.float64).index_add_(0, which.cpu(), torch.cat(carried).cpu())
+        return Pattern.from_indices(entries, shape, tile=self._tile, mass=total.to(entries.device))
 
 
 def keep_tiles(grids: Sequence[Grid], k: int, budget: int, sure: Sequence[tuple[int, int]]) -> list[Tensor]:
@@ -242,12 +285,12 @@ def keep_tiles(grids: Sequence[Grid], k: int, budget: int, sure: Sequence[tuple[
         sure: per grid, entries that its own kept tiles must hold, and how many of its best tiles are kept anyway.
     """
     mass, count, capacity = (torch.cat([getattr(g, name) for g in grids]) for name in ("mass", "count", "capacity"))
-    best = torch.cat([_best(g.mass, g.count, g.capacity, *least) for g, least in zip(grids, sure, strict=True)])
-    keep = _best(mass.masked_fill(best, torch.inf), count, capacity, k, max(budget, int(best.sum())))
+    best = torch.cat([best_tiles(g.mass, g.count, g.capacity, *least) for g, least in zip(grids, sure, strict=True)])
+    keep = best_tiles(mass.masked_fill(best, torch.inf), count, capacity, k, max(budget, int(best.sum())))
     return list(keep.split([len(g.mass) for g in grids]))
 
 
-def _best(mass: Tensor, count: Tensor, capacity: Tensor, k: int, budget: int) -> Tensor:
+def best_tiles(mass: Tensor, count: Tensor, capacity: Tensor, k: int, budget: int) -> Tensor:
     """bool: the `budget` tiles with the most mass, more if these cannot hold k entries, none that is empty."""
     order = torch.argsort(mass, descending=True, stable=True)
     order = order[count[order] > 0]  # together these hold the chosen entries, so capacity suffices
@@ -271,6 +314,20 @@ def _tiles(shape: tuple[int, int], tile: tuple[int, int]) -> int:
 def _by_mass(index: Tensor, mass: Tensor, size: int) -> Tensor:
     """All of 0..size-1, by the mass summed at `index`, largest first; ties to the lower number."""
     return torch.zeros(size, dtype=torch.float64).index_add_(0, index, mass).argsort(descending=True, stable=True)
+
+
+def _first(lines: Tensor, order: Tensor) -> Tensor:
+    """The order with `lines` moved to its beginning."""
+    others = torch.ones(len(order), dtype=torch.bool)
+    others[lines] = False
+    return torch.cat([lines, order[others[order]]])
+
+
+def _bands(order: Tensor, place: Tensor, edge: int) -> Tensor:
+    """The order without the runs of `edge` lines in which no `place` lies."""
+    used = torch.zeros(-(-len(order) // edge), dtype=torch.bool)
+    used[place // edge] = True
+    return order[used.repeat_interleave(edge)[: len(order)]]
 
 
 def _sum(scores: dict[str, Tensor]) -> float:

@@ -13,6 +13,9 @@ from sparseft.selection.budget import Budget, LineBudget
 from sparseft.selection.criteria import Criterion
 from sparseft.selection.gradients import Backward, is_finite
 from sparseft.selection.inputs import Forward
+from sparseft.selection.rows import RowBudget
+
+AnyBudget = Budget | LineBudget | RowBudget
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +32,7 @@ class Scoring:
 
     criterion: Criterion
     weights: dict[str, nn.Parameter]
-    budgets: dict[str, Budget | LineBudget]
+    budgets: dict[str, AnyBudget]
     dtype: torch.dtype
     seed: int
 

@@ -5,6 +5,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from sparseft.layers import parameters as leaves_of
+
 
 def eligible(
     model: nn.Module, include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
@@ -22,8 +24,11 @@ def eligible(
     Raises:
         ValueError: a pattern matches nothing.
     """
+    leaves = set(leaves_of(model))  # of a sparsified model: not weights themselves
     parameters = {
-        name: p for name, p in model.named_parameters() if p.is_floating_point() and p.dim() > 0 and p.numel() > 0
+        name: p
+        for name, p in model.named_parameters()
+        if p.is_floating_point() and p.dim() > 0 and p.numel() > 0 and p not in leaves
     }
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -50,11 +55,15 @@ def vectors(model: nn.Module, exclude: str | Sequence[str] | None = None) -> dic
 
     `exclude`: as in `eligible`.
     """
-    left_out = [] if exclude is None else _several(exclude)
+    leaves, left_out = set(leaves_of(model)), [] if exclude is None else _several(exclude)
     return {
         name: p
         for name, p in model.named_parameters()
-        if p.is_floating_point() and p.dim() == 1 and p.numel() and not any(_matches(name, e) for e in left_out)
+        if p.is_floating_point()
+        and p.dim() == 1
+        and p.numel()
+        and p not in leaves
+        and not any(_matches(name, e) for e in left_out)
     }
 
 
