@@ -21,9 +21,11 @@ class Arena:
         self.weights = [c.weight for c in chosen]
         self.layout = pack([c.pattern for c in chosen])
         self.base = torch.cat([c.base for c in chosen])
+        _share_memory([c.base for c in chosen], self.base)
+        _share_memory([c.pattern.local for c in chosen], self.layout.local)
         self.values = torch.cat([leaf.detach() for leaf in self.leaves])
         self.values = self.values.to(torch.promote_types(self.weights[0].dtype, torch.float32))  # after model.to(bf16)
-        self.grad = torch.zeros_like(self.values)
+        self.grad: Tensor | None = None  # from `collect` to the end of the step
         self.buffers = {name: _joined(self.leaves, state, name, self.values.dtype) for name in STATE}
         zero = torch.zeros((), dtype=torch.int64)
         self.steps = torch.stack([state[leaf].get("step", zero).to(leaf.device) for leaf in self.leaves])
@@ -56,13 +58,12 @@ class Arena:
         return now == self._addresses
 
     def collect(self) -> Tensor | None:
-        """Copy the leaves' gradients in; the worklist of the layers that have one, None if none has."""
+        """Join the leaves' gradients; the worklist of the layers that have one, None if none has."""
         have = tuple(leaf.grad is not None for leaf in self.leaves)
         if not any(have):
             return None
-        parts = self.grad.split([len(leaf) for leaf in self.leaves])
-        pairs = [(part, leaf.grad) for part, leaf in zip(parts, self.leaves, strict=True) if leaf.grad is not None]
-        torch._foreach_copy_([part for part, _ in pairs], [grad for _, grad in pairs])
+        grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.leaves]
+        self.grad = torch.cat([grad.to(self.values.dtype) for grad in grads])
         if have not in self._tiles:
             mask = torch.tensor(have, device=self.layout.tiles.device)
             self._tiles = {have: self.layout.tiles[mask[self.layout.tiles[:, LAYER]]]}
@@ -89,10 +90,17 @@ class Arena:
             base=self.base if group["decay_to"] == "pretrained" else None, born=self.born,
             maximize=group["maximize"], grad_scale=grad_scale, found_inf=found_inf,
         )  # fmt: skip
+        self.grad = None
         self._note_versions()
 
     def _note_versions(self) -> None:
         self._versions = [_version(weight) for weight in self.weights]
+
+
+def _share_memory(parts: list[Tensor], joined: Tensor) -> None:
+    """Let tensors lie inside the one that they were joined to: the copies are freed."""
+    for part, slice_ in zip(parts, joined.split([len(part) for part in parts]), strict=True):
+        part.data = slice_
 
 
 def _version(weight: Tensor) -> int:
