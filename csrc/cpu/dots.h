@@ -9,11 +9,12 @@ namespace sparseft {
 constexpr int64_t kLanes = 16;    // partial sums of a dot product
 constexpr int64_t kTogether = 4;  // dot products at once: independent sums hide the latency of the additions
 
-// Rows of a buffer by their number in the worklist's order, minus `begin`.
+// Rows of a buffer by their number in the worklist's order, minus `begin`; a block of tokens starts at `offset`.
 template <typename S>
 struct Rows {
   const S* const* row;
   int64_t begin;
+  int64_t offset;
 };
 
 // What a run needs; T tokens, a multiple of kStep<S>.
@@ -91,8 +92,8 @@ SPARSEFT_INLINE void dots_of_run(const Worklist& work, const Run& run, const Dot
     for (int64_t j = 0; j < kTogether; ++j) {  // past the end: the last entry again
       const uint32_t position = work.local[std::min(e + j, run.last - 1)];
       const uint32_t r = work.width.quotient(position);
-      row[j] = rows[r];
-      col[j] = cols[position - r * work.width.size];
+      row[j] = rows[r] + d.rows.offset;
+      col[j] = cols[position - r * work.width.size] + d.cols.offset;
     }
     W dots[kTogether];
     if (row[0] == row[kTogether - 1])  // entries are row-major: those between are in this row, too

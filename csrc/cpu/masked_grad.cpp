@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "dots.h"
+#include "phases.h"
 
 namespace sparseft {
 namespace {
@@ -55,12 +56,20 @@ class Operand {
  public:
   Operand(const Tensor& tensor, const Order& order, std::pair<int64_t, int64_t> range)
       : x_(matrix_of<T>(tensor)),
-        order_(order),
         begin_(range.first),
         in_place_(std::is_same_v<T, S> && x_.token_stride == 1 && x_.tokens % kStep<S> == 0),
         columns_(order, begin_, in_place_ ? begin_ : range.second, x_.width),
         rows_(range.second - range.first) {
-    if (in_place_) return;
+    if constexpr (std::is_same_v<T, S>) {
+      if (in_place_) {
+        for (size_t i = 0; i < rows_.size(); ++i) {
+          // Indices that no entry uses were not checked.
+          const int64_t column = std::clamp<int64_t>(order[begin_ + i], 0, x_.width - 1);
+          rows_[i] = x_.data + column * x_.column_stride;
+        }
+        return;
+      }
+    }
     scratch_ = torch::stable::new_empty(tensor, {static_cast<int64_t>(rows_.size()), kStride<S>},
                                         sizeof(S) == 2 ? tensor.scalar_type() : wide_type(tensor.scalar_type()));
     to_ = scratch_.mutable_data_ptr<S>();
@@ -70,27 +79,16 @@ class Operand {
   // Blocks of columns that a block of tokens has to be gathered from.
   int64_t blocks() const { return in_place_ ? 0 : columns_.blocks(); }
 
-  void gather_tokens(int64_t begin, int64_t end, int64_t token0, int64_t count) {
+  void gather_tokens(int64_t begin, int64_t end, int64_t token0, int64_t count) const {
     Matrix<T> from = x_;
     from.data += token0 * x_.token_stride;
     gather(from, columns_, begin, end, count, to_);
   }
 
-  Rows<S> rows(int64_t token0) {
-    if constexpr (std::is_same_v<T, S>) {
-      if (in_place_)
-        for (size_t i = 0; i < rows_.size(); ++i) {
-          // Indices that no entry uses were not checked.
-          const int64_t column = std::clamp<int64_t>(order_[begin_ + i], 0, x_.width - 1);
-          rows_[i] = x_.data + column * x_.column_stride + token0;
-        }
-    }
-    return {rows_.data(), begin_};
-  }
+  Rows<S> rows(int64_t token0) const { return {rows_.data(), begin_, in_place_ ? token0 : 0}; }
 
  private:
   Matrix<T> x_;
-  Order order_;
   int64_t begin_;
   bool in_place_;
   Columns columns_;
@@ -99,29 +97,36 @@ class Operand {
   std::vector<const S*> rows_;
 };
 
-// Both operands' columns of a block of tokens, shared among the threads.
-template <typename T, typename S>
-void gather_both(Operand<T, S>& left, Operand<T, S>& right, int64_t token0, int64_t count) {
-  const int64_t middle = left.blocks();
-  const int64_t grain = std::max<int64_t>(1, (1 << 16) / (kBlock * std::max<int64_t>(count, 1)));
-  torch::stable::parallel_for(0, middle + right.blocks(), grain, [&](int64_t begin, int64_t end) {
-    if (begin < middle) left.gather_tokens(begin, std::min(end, middle), token0, count);
-    if (end > middle) right.gather_tokens(std::max(begin, middle) - middle, end - middle, token0, count);
-  });
-}
-
 template <typename T, typename S>
 void compute(const Worklist& work, Operand<T, S> left, Operand<T, S> right, int64_t tokens, bool accumulate,
              Wide<T>* out) {
-  // An empty batch still takes one (empty) block: it sets the entries to zero.
-  for (int64_t token0 = 0; token0 == 0 || token0 < tokens; token0 += kTokens) {
-    const int64_t count = std::min(kTokens, tokens - token0);
-    const int64_t padded = (count + kStep<S> - 1) / kStep<S> * kStep<S>;
-    gather_both(left, right, token0, count);
-    const Dots<S, Wide<T>> dots{left.rows(token0), right.rows(token0), padded, accumulate || token0 > 0, out};
-    const int64_t grain = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(padded, 1));
-    for_each_run(work, grain, [&](const Run& run) { dots_of(work, run, dots); });
+  constexpr int64_t batch = 4;  // items, each of some microseconds
+  const std::vector<Run> runs = runs_of(work);
+  const int64_t middle = left.blocks();
+  // For each block of tokens: gather, then multiply. An empty batch still takes one (empty) block: it sets the entries
+  // to zero.
+  const int64_t blocks = std::max<int64_t>(1, (tokens + kTokens - 1) / kTokens);
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < blocks; ++i) {
+    sizes.push_back(middle + right.blocks());
+    sizes.push_back(static_cast<int64_t>(runs.size()));
   }
+  std::vector<Dots<S, Wide<T>>> dots;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t count = std::min(kTokens, tokens - i * kTokens);
+    const int64_t padded = (count + kStep<S> - 1) / kStep<S> * kStep<S>;
+    dots.push_back({left.rows(i * kTokens), right.rows(i * kTokens), padded, accumulate || i > 0, out});
+  }
+  const bool threaded = (work.entries + kBlock * sizes[0]) * tokens > 1 << 18;
+  Phases(sizes).run(batch, threaded, [&](int64_t phase, int64_t begin, int64_t end) {
+    const int64_t token0 = phase / 2 * kTokens, count = std::min(kTokens, tokens - token0);
+    if (phase % 2) {
+      for (; begin < end; ++begin) dots_of(work, runs[begin], dots[phase / 2]);
+      return;
+    }
+    if (begin < middle) left.gather_tokens(begin, std::min(end, middle), token0, count);
+    if (end > middle) right.gather_tokens(std::max(begin, middle) - middle, end - middle, token0, count);
+  });
 }
 
 void masked_grad(Tensor out, const Tensor& grad_out, const Tensor& input, std::optional<Tensor> rows,
