@@ -72,8 +72,10 @@ class Arena:
 
     def nonfinite(self) -> Tensor:
         """0-dim fp32: 1 if a collected gradient is NaN or Inf."""
-        bad = [~torch.isfinite(leaf.grad).all() for leaf in self.leaves if leaf.grad is not None]
-        return torch.stack(bad).any().float()
+        if self.grad is None or not len(self.grad):
+            return torch.zeros((), device=self.values.device)
+        least, most = torch.aminmax(self.grad)  # both are NaN if anything is
+        return 1 - (torch.isfinite(least) & torch.isfinite(most)).float()
 
     def step(self, tiles: Tensor, found_inf: Tensor, grad_scale: Tensor | None) -> None:
         """One AdamW step over a worklist; nothing happens if `found_inf` (0-dim fp32) is not zero."""

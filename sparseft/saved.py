@@ -96,7 +96,8 @@ def share_inputs(model: nn.Module) -> None:
 
 def input_order(layer: nn.Module) -> Tensor:
     """The active columns of a sparse layer's input."""
-    return layer.rows if layer.transposed else layer.cols
+    # not by attribute: nn.Module's search for it costs more than all else that happens in a layer's call
+    return layer._buffers["rows" if layer.transposed else "cols"]
 
 
 def columns(x: Tensor, chosen: Tensor) -> Tensor:

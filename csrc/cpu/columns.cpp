@@ -20,7 +20,8 @@ void columns_as_rows(const Tensor& input, const Order& order, Tensor& out) {
   const Columns columns(order, 0, order.size, x.width);
   Bits* to = static_cast<Bits*>(out.mutable_data_ptr());
   const int64_t whole = x.tokens / kStep<Bits> * kStep<Bits>;  // a step past the end would reach into the next row
-  const int64_t grain = std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, kBlock * x.tokens));
+  // waking a thread costs as much as moving some 100,000 numbers
+  const int64_t grain = std::max<int64_t>(1, (1 << 18) / std::max<int64_t>(1, kBlock * x.tokens));
   torch::stable::parallel_for(0, columns.blocks(), grain, [&](int64_t begin, int64_t end) {
     gather(x, columns, begin, end, whole, to, x.tokens);
     for (int64_t block = begin; block < end; ++block)
