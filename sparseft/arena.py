@@ -21,13 +21,15 @@ class Arena:
         self.weights = [c.weight for c in chosen]
         self.layout = pack([c.pattern for c in chosen])
         self.base = torch.cat([c.base for c in chosen])
+        _share_memory([c.base for c in chosen], self.base)
+        _share_memory([c.pattern.local for c in chosen], self.layout.local)
         dtype = self.weights[0].dtype
-        wide = torch.promote_types(dtype, torch.float32)
+        self._wide = torch.promote_types(dtype, torch.float32)
         self.seed = group["rounding_seed"] if dtype.itemsize == 2 else None
         self.values = torch.cat([leaf.detach() for leaf in self.leaves])
-        self.values = self.values.to(wide if self.seed is None else dtype)  # also after model.to(bf16)
-        self.grad = torch.zeros_like(self.values, dtype=wide)
-        self.buffers = {name: _joined(self.leaves, state, name, wide) for name in STATE}
+        self.values = self.values.to(self._wide if self.seed is None else dtype)  # also after model.to(bf16)
+        self.grad: Tensor | None = None  # from `collect` to the end of the step
+        self.buffers = {name: _joined(self.leaves, state, name, self._wide) for name in STATE}
         zero = torch.zeros((), dtype=torch.int64)
         self.steps = torch.stack([state[leaf].get("step", zero).to(leaf.device) for leaf in self.leaves])
         aged = any("born" in state[leaf] for leaf in self.leaves)
@@ -59,13 +61,12 @@ class Arena:
         return now == self._addresses
 
     def collect(self) -> Tensor | None:
-        """Copy the leaves' gradients in; the worklist of the layers that have one, None if none has."""
+        """Join the leaves' gradients; the worklist of the layers that have one, None if none has."""
         have = tuple(leaf.grad is not None for leaf in self.leaves)
         if not any(have):
             return None
-        parts = self.grad.split([len(leaf) for leaf in self.leaves])
-        pairs = [(part, leaf.grad) for part, leaf in zip(parts, self.leaves, strict=True) if leaf.grad is not None]
-        torch._foreach_copy_([part for part, _ in pairs], [grad for _, grad in pairs])
+        grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.leaves]
+        self.grad = torch.cat([grad.to(self._wide) for grad in grads])
         if have not in self._tiles:
             mask = torch.tensor(have, device=self.layout.tiles.device)
             self._tiles = {have: self.layout.tiles[mask[self.layout.tiles[:, LAYER]]]}
@@ -74,8 +75,10 @@ class Arena:
 
     def nonfinite(self) -> Tensor:
         """0-dim fp32: 1 if a collected gradient is NaN or Inf."""
-        bad = [~torch.isfinite(leaf.grad).all() for leaf in self.leaves if leaf.grad is not None]
-        return torch.stack(bad).any().float()
+        if self.grad is None or not len(self.grad):
+            return torch.zeros((), device=self.values.device)
+        least, most = torch.aminmax(self.grad)  # both are NaN if anything is
+        return 1 - (torch.isfinite(least) & torch.isfinite(most)).float()
 
     def step(self, tiles: Tensor, found_inf: Tensor, grad_scale: Tensor | None) -> None:
         """One AdamW step over a worklist; nothing happens if `found_inf` (0-dim fp32) is not zero."""
@@ -92,10 +95,17 @@ class Arena:
             base=self.base if group["decay_to"] == "pretrained" else None, born=self.born,
             maximize=group["maximize"], grad_scale=grad_scale, found_inf=found_inf, seed=self.seed,
         )  # fmt: skip
+        self.grad = None
         self._note_versions()
 
     def _note_versions(self) -> None:
         self._versions = [_version(weight) for weight in self.weights]
+
+
+def _share_memory(parts: list[Tensor], joined: Tensor) -> None:
+    """Let tensors lie inside the one that they were joined to: the copies are freed."""
+    for part, slice_ in zip(parts, joined.split([len(part) for part in parts]), strict=True):
+        part.data = slice_
 
 
 def _version(weight: Tensor) -> int:

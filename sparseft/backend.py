@@ -82,11 +82,16 @@ def kernel(operation: str, device_type: str) -> Callable:
     Raises:
         RuntimeError: the forced implementation does not serve them, with the reason.
     """
-    if _forced is not None:
-        reason = _refusal(_forced, operation, device_type)
-        if reason:
-            raise RuntimeError(f"sparseft.{operation}: forced backend {_forced!r} cannot serve it: {reason}")
-        return _function(_forced, operation)
+    if _forced is None:
+        return _choose(operation, device_type)
+    reason = _refusal(_forced, operation, device_type)
+    if reason:
+        raise RuntimeError(f"sparseft.{operation}: forced backend {_forced!r} cannot serve it: {reason}")
+    return _function(_forced, operation)
+
+
+@cache  # what is installed does not change, and a training step calls hundreds of operations
+def _choose(operation: str, device_type: str) -> Callable:
     return _function(next(n for n in NAMES if not _refusal(n, operation, device_type)), operation)
 
 
@@ -123,6 +128,11 @@ def _function(name: str, operation: str) -> Callable:
     if name == "triton":  # imported here: importing sparseft must never need a driver
         return getattr(importlib.import_module(f"sparseft.kernels.{operation.rstrip('_')}"), operation)
     return getattr(getattr(torch.ops, f"sparseft_{name}"), operation).default
+
+
+def has_cpu_library() -> bool:
+    """Whether the compiled CPU library may be used: it is there, and no other implementation is forced."""
+    return "cpu" not in _missing and _forced in (None, "cpu")
 
 
 def backends() -> dict[str, dict[str, dict[str, str]]]:

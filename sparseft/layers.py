@@ -18,8 +18,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from sparseft.ops import scatter_delta_
+from sparseft.ops import eager_masked_grad, scatter_delta_
 from sparseft.pattern import TENSORS, Pattern, matrix_shape
+from sparseft.saved import SharedInput, share_inputs
 
 
 @dataclass(frozen=True)
@@ -45,30 +46,37 @@ class Selected:
 
 
 class MaskedLinear(torch.autograd.Function):
-    """y = x W^T + b with the gradient of W only at `values`' entries; `transposed` weights are [in, out]."""
+    """y = x W^T + b with the gradient of W only at `values`' entries; `transposed` weights are [in, out].
+
+    `saved` is None, or [U, T]: the columns of x that `rows` or `cols` (whichever is the input's) point into.
+    """
 
     @staticmethod
-    def forward(ctx, x, values, weight, bias, rows, cols, tiles, local, tile, transposed):
-        ctx.tile, ctx.transposed = tile, transposed
-        ctx.save_for_backward(x if values.requires_grad else None, weight, rows, cols, tiles, local)
+    def forward(ctx, x, values, weight, bias, saved, rows, cols, tiles, local, tile, transposed):
+        ctx.tile, ctx.transposed, ctx.compact = tile, transposed, saved is not None
+        if saved is None and values.requires_grad:
+            saved = x
+        ctx.save_for_backward(saved, weight, rows, cols, tiles, local)
         return F.linear(x, weight.T if transposed else weight, bias)
 
     @staticmethod
     @once_differentiable  # a second derivative would have to see W as a function of `values`
     def backward(ctx, grad_out):
-        x, weight, rows, cols, tiles, local = ctx.saved_tensors
+        saved, weight, rows, cols, tiles, local = ctx.saved_tensors
         need_x, need_values, _, need_bias, *_ = ctx.needs_input_grad
         grad_x = grad_values = grad_bias = None
         if need_x:
             grad_x = grad_out @ (weight.T if ctx.transposed else weight)
         flat = grad_out.reshape(-1, grad_out.shape[-1])
         if need_values:
-            operands = (flat, x.reshape(-1, x.shape[-1]))
+            operands = (flat, saved.T if ctx.compact else saved.reshape(-1, saved.shape[-1]))
             left, right = reversed(operands) if ctx.transposed else operands
-            grad_values = torch.ops.sparseft.masked_grad(left, right, rows, cols, tiles, local, ctx.tile)
+            traced = torch.compiler.is_compiling() or type(grad_out) is not Tensor
+            compute = torch.ops.sparseft.masked_grad if traced else eager_masked_grad
+            grad_values = compute(left, right, rows, cols, tiles, local, ctx.tile)
         if need_bias:
             grad_bias = flat.sum(0)
-        return grad_x, grad_values, None, grad_bias, *[None] * 6
+        return grad_x, grad_values, None, grad_bias, *[None] * 7
 
 
 class _Sparse(nn.Module):
@@ -84,23 +92,29 @@ class _Sparse(nn.Module):
     tiles: Tensor
     local: Tensor
     _tile: tuple[int, int]
+    _input: SharedInput
 
     def forward(self, input: Tensor) -> Tensor:
         """The plain layer's output; under autocast in autocast's dtype, as the plain layer's."""
         x, weight, bias = input, self.weight, self.bias
         device = input.device.type
         if not torch.amp.is_autocast_available(device):  # the meta device
-            return self._linear(x, weight, bias)
+            return self._linear(input, x, weight, bias)
         if torch.is_autocast_enabled(device) and input.dtype != torch.float64:  # autocast leaves fp64 alone
             dtype = torch.get_autocast_dtype(device)
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         with torch.autocast(device, enabled=False):
-            return self._linear(x, weight, bias)
+            return self._linear(input, x, weight, bias)
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        entries = self.rows, self.cols, self.tiles, self.local, self._tile
-        return MaskedLinear.apply(x, self.values, weight, bias, *entries, self.transposed)
+    def _linear(self, input: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        saved, rows, cols = None, self.rows, self.cols
+        trains = torch.is_grad_enabled() and self.values.requires_grad
+        if trains and not torch.compiler.is_compiling() and type(x) is Tensor:
+            saved, order = self._input.save(self, input, x)
+            rows, cols = (order, cols) if self.transposed else (rows, order)
+        entries = rows, cols, self.tiles, self.local, self._tile
+        return MaskedLinear.apply(x, self.values, weight, bias, saved, *entries, self.transposed)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -166,6 +180,7 @@ def _attach_all(model: nn.Module, prepared: Prepared, uses: dict[nn.Parameter, i
     for name, pattern, values, base in prepared:
         module_name, _, leaf = name.rpartition(".")
         _attach(model.get_submodule(module_name), leaf, pattern, values, base, uses)
+    share_inputs(model)
     # DistributedDataParallel: patterns are equal on all ranks, and int16 cannot be broadcast
     ours = {id(tensor) for chosen in selected(model).values() for tensor in (*chosen.pattern.layout[:4], chosen.base)}
     ignored = [name for name, buffer in model.named_buffers() if id(buffer) in ours]
@@ -242,7 +257,7 @@ def densify(model: nn.Module) -> nn.Module:
             del module._sparseft
         if isinstance(module, _Sparse):
             module.__class__ = module.plain
-            del module._tile
+            del module._tile, module._input
     model.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
     for name, flag in model.__dict__.pop("_sparseft_flags", {}).items():
         model.get_parameter(name).requires_grad_(flag)
@@ -388,7 +403,7 @@ def _attach(
         module._sparseft = {}
     sparse_class = _sparse_class(module) if name == "weight" and uses[weight] == 1 else None
     if sparse_class is not None:
-        module.__class__, module._tile = sparse_class, pattern.tile
+        module.__class__, module._tile, module._input = sparse_class, pattern.tile, SharedInput([module])
     else:
         weight.requires_grad_(True)
     handles = [  # partials of plain functions: a sparsified model can be pickled

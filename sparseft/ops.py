@@ -54,13 +54,15 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _masked_grad(grad_out, input, rows, cols, tiles, local, tile):
+def eager_masked_grad(grad_out, input, rows, cols, tiles, local, tile):
+    """What `torch.ops.sparseft.masked_grad` computes, without the way through the dispatcher and without autograd."""
     out = grad_out.new_zeros(local.shape, dtype=_accumulator(grad_out.dtype))
-    torch.ops.sparseft.masked_grad_(out, grad_out, input, rows, cols, tiles, local, tile, False)
+    kernel = backend.kernel("masked_grad_", grad_out.device.type)
+    kernel(out, grad_out, input, rows, cols, tiles, local, tile, False)
     return out
 
 
-_lib.impl("masked_grad", _masked_grad, "CompositeExplicitAutograd")
+_lib.impl("masked_grad", eager_masked_grad, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("sparseft::masked_grad")

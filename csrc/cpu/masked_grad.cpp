@@ -1,96 +1,42 @@
 // masked_grad_: the weight gradient of y = x W^T at the selected entries only.
 //
-// A dot product over T walks a column of grad_out and a column of input, so the needed columns of both are first
-// gathered into rows of a scratch buffer, widened to fp32 (fp64) and padded with zeros to whole vectors. Tokens are
+// A dot product over T walks a column of grad_out and a column of input. The needed columns are first gathered into rows
+// of a scratch buffer, padded with zeros to whole vectors: bf16 stays bf16 where the processor multiplies it, everything
+// else is widened to fp32 (fp64). A column that lies in memory in this form already is read where it is. Tokens are
 // taken kTokens at a time: the scratch of a tile stays in the cache, and its size does not grow with T. An entry's sum
 // always has the same order (lanes, then their tree, then the blocks of tokens), whatever the number of threads.
 #include <torch/csrc/stable/library.h>
 
-#include <cstring>
-
-#include "worklist.h"
+#include "dots.h"
+#include "phases.h"
 
 namespace sparseft {
 namespace {
 
 constexpr int64_t kTokens = 512;
-constexpr int64_t kLanes = 16;    // per step of a dot product
-constexpr int64_t kTogether = 4;  // dot products at once: independent sums hide the latency of the additions
 
-template <typename W>
-struct Lanes {
-  typedef W type __attribute__((vector_size(kLanes * sizeof(W)), aligned(sizeof(W)), may_alias));
-};
+template <typename S>
+constexpr int64_t kStride = kTokens + kStep<S>;  // of the scratch: a power of two would crowd few sets of the cache
 
-// Columns of a [T, *] operand as the rows of a dense buffer.
-template <typename T>
-struct Operand {
-  const T* data;
-  int64_t stride;  // between tokens
-  int64_t width;
-  Order order;
-  int64_t begin, end;  // the part of the order that the worklist uses
-  Wide<T>* scratch;    // [end - begin, kTokens]
-};
-
-template <typename T>
-void gather_columns(const Operand<T>& x, int64_t token0, int64_t tokens, int64_t padded) {
-  torch::stable::parallel_for(x.begin, x.end, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t t0 = 0; t0 < padded; t0 += kLanes) {
-      const int64_t count = std::min(kLanes, tokens - t0);
-      const T* block = x.data + (token0 + t0) * x.stride;
-      for (int64_t i = begin; i < end; ++i) {
-        // Indices that no entry uses were not checked.
-        const T* from = block + std::clamp<int64_t>(x.order[i], 0, x.width - 1);
-        Wide<T>* to = x.scratch + (i - x.begin) * kTokens + t0;
-        if (count == kLanes) {
-          for (int64_t t = 0; t < kLanes; ++t) to[t] = static_cast<Wide<T>>(from[t * x.stride]);
-        } else {
-          for (int64_t t = 0; t < kLanes; ++t)
-            to[t] = t < count ? static_cast<Wide<T>>(from[t * x.stride]) : Wide<T>(0);
-        }
-      }
-    }
-  });
+template <typename T, typename S>
+SPARSEFT_CLONES void gather(const Matrix<T>& x, const Columns& columns, int64_t begin, int64_t end, int64_t tokens,
+                            S* to) {
+  gather_blocks(x, columns, begin, end, tokens, to, kStride<S>);
 }
 
-template <typename W>
-SPARSEFT_INLINE W sum_of_lanes(typename Lanes<W>::type sum) {
-  W lane[kLanes];
-  std::memcpy(lane, &sum, sizeof(lane));
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
+template <typename S>
+SPARSEFT_CLONES void plain_dots_of_run(const Worklist& work, const Run& run, const Dots<S, S>& dots) {
+  dots_of_run(work, run, dots);
 }
 
-// dots[j] = sum_t rows[j][t] * cols[j][t]
-template <typename W>
-SPARSEFT_INLINE void dot(const W* const* rows, const W* const* cols, int64_t padded, W* dots) {
-  using Vector = typename Lanes<W>::type;
-  Vector sums[kTogether] = {};
-  for (int64_t t = 0; t < padded; t += kLanes)
-    for (int64_t j = 0; j < kTogether; ++j)
-      sums[j] += *reinterpret_cast<const Vector*>(rows[j] + t) * *reinterpret_cast<const Vector*>(cols[j] + t);
-  for (int64_t j = 0; j < kTogether; ++j) dots[j] = sum_of_lanes<W>(sums[j]);
+void dots_of(const Worklist& work, const Run& run, const Dots<float, float>& dots) {
+  plain_dots_of_run(work, run, dots);
 }
-
-// out[e] (+)= the dot product of entry e, for the entries of a run; rows and cols: the scratch rows of its tile.
-template <typename W>
-SPARSEFT_CLONES void dots_of_run(const Worklist& work, const Run& run, const W* rows, const W* cols, int64_t padded,
-                                 bool add, W* out) {
-  for (int64_t e = run.first; e < run.last; e += kTogether) {
-    const W *row[kTogether], *col[kTogether];
-    for (int64_t j = 0; j < kTogether; ++j) {  // past the end: the last entry again
-      const uint32_t position = work.local[std::min(e + j, run.last - 1)];
-      const uint32_t r = work.width.quotient(position);
-      row[j] = rows + r * kTokens;
-      col[j] = cols + (position - r * work.width.size) * kTokens;
-    }
-    W dots[kTogether];
-    dot(row, col, padded, dots);
-    const int64_t count = std::min(kTogether, run.last - e);
-    for (int64_t j = 0; j < count; ++j) out[e + j] = add ? out[e + j] + dots[j] : dots[j];
-  }
+void dots_of(const Worklist& work, const Run& run, const Dots<double, double>& dots) {
+  plain_dots_of_run(work, run, dots);
+}
+void dots_of(const Worklist& work, const Run& run, const Dots<BFloat16, float>& dots) {
+  bf16_dots_of_run(work, run, dots);
 }
 
 // The smallest [begin, end) of the order that holds all starts of non-empty tiles, and a tile's size beyond them.
@@ -104,29 +50,83 @@ std::pair<int64_t, int64_t> used(const Worklist& work, int64_t Tile::* start, in
   return {std::min(begin, end), end};
 }
 
-template <typename T>
-Operand<T> operand(const Tensor& tensor, const Order& order, std::pair<int64_t, int64_t> range, Tensor& scratch) {
-  const auto [begin, end] = range;
-  scratch = torch::stable::new_empty(tensor, {end - begin, kTokens}, wide_type(tensor.scalar_type()));
-  return {tensor.const_data_ptr<T>(),         tensor.stride(0), tensor.size(1), order, begin, end,
-          scratch.mutable_data_ptr<Wide<T>>()};
-}
-
-template <typename T>
-void compute(const Worklist& work, const Operand<T>& grad_out, const Operand<T>& input, int64_t tokens, bool accumulate,
-             Wide<T>* out) {
-  // An empty batch still takes one (empty) block: it sets the entries to zero.
-  for (int64_t token0 = 0; token0 == 0 || token0 < tokens; token0 += kTokens) {
-    const int64_t count = std::min(kTokens, tokens - token0);
-    const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
-    gather_columns(grad_out, token0, count, padded);
-    gather_columns(input, token0, count, padded);
-    const bool add = accumulate || token0 > 0;
-    for_each_run(work, std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(padded, 1)), [&](const Run& run) {
-      dots_of_run(work, run, grad_out.scratch + (run.tile->row0 - grad_out.begin) * kTokens,
-                  input.scratch + (run.tile->col0 - input.begin) * kTokens, padded, add, out);
-    });
+// The columns of one operand that the worklist uses, as rows of S; a block of tokens at a time.
+template <typename T, typename S>
+class Operand {
+ public:
+  Operand(const Tensor& tensor, const Order& order, std::pair<int64_t, int64_t> range)
+      : x_(matrix_of<T>(tensor)),
+        begin_(range.first),
+        in_place_(std::is_same_v<T, S> && x_.token_stride == 1 && x_.tokens % kStep<S> == 0),
+        columns_(order, begin_, in_place_ ? begin_ : range.second, x_.width),
+        rows_(range.second - range.first) {
+    if constexpr (std::is_same_v<T, S>) {
+      if (in_place_) {
+        for (size_t i = 0; i < rows_.size(); ++i) {
+          // Indices that no entry uses were not checked.
+          const int64_t column = std::clamp<int64_t>(order[begin_ + i], 0, x_.width - 1);
+          rows_[i] = x_.data + column * x_.column_stride;
+        }
+        return;
+      }
+    }
+    scratch_ = torch::stable::new_empty(tensor, {static_cast<int64_t>(rows_.size()), kStride<S>},
+                                        sizeof(S) == 2 ? tensor.scalar_type() : wide_type(tensor.scalar_type()));
+    to_ = scratch_.mutable_data_ptr<S>();
+    for (size_t i = 0; i < rows_.size(); ++i) rows_[i] = to_ + i * kStride<S>;
   }
+
+  // Blocks of columns that a block of tokens has to be gathered from.
+  int64_t blocks() const { return in_place_ ? 0 : columns_.blocks(); }
+
+  void gather_tokens(int64_t begin, int64_t end, int64_t token0, int64_t count) const {
+    Matrix<T> from = x_;
+    from.data += token0 * x_.token_stride;
+    gather(from, columns_, begin, end, count, to_);
+  }
+
+  Rows<S> rows(int64_t token0) const { return {rows_.data(), begin_, in_place_ ? token0 : 0}; }
+
+ private:
+  Matrix<T> x_;
+  int64_t begin_;
+  bool in_place_;
+  Columns columns_;
+  Tensor scratch_;
+  S* to_ = nullptr;
+  std::vector<const S*> rows_;
+};
+
+template <typename T, typename S>
+void compute(const Worklist& work, Operand<T, S> left, Operand<T, S> right, int64_t tokens, bool accumulate,
+             Wide<T>* out) {
+  constexpr int64_t batch = 4;  // items, each of some microseconds
+  const std::vector<Run> runs = runs_of(work);
+  const int64_t middle = left.blocks();
+  // For each block of tokens: gather, then multiply. An empty batch still takes one (empty) block: it sets the entries
+  // to zero.
+  const int64_t blocks = std::max<int64_t>(1, (tokens + kTokens - 1) / kTokens);
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < blocks; ++i) {
+    sizes.push_back(middle + right.blocks());
+    sizes.push_back(static_cast<int64_t>(runs.size()));
+  }
+  std::vector<Dots<S, Wide<T>>> dots;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t count = std::min(kTokens, tokens - i * kTokens);
+    const int64_t padded = (count + kStep<S> - 1) / kStep<S> * kStep<S>;
+    dots.push_back({left.rows(i * kTokens), right.rows(i * kTokens), padded, accumulate || i > 0, out});
+  }
+  const bool threaded = (work.entries + kBlock * sizes[0]) * tokens > 1 << 18;
+  Phases(sizes).run(batch, threaded, [&](int64_t phase, int64_t begin, int64_t end) {
+    const int64_t token0 = phase / 2 * kTokens, count = std::min(kTokens, tokens - token0);
+    if (phase % 2) {
+      for (; begin < end; ++begin) dots_of(work, runs[begin], dots[phase / 2]);
+      return;
+    }
+    if (begin < middle) left.gather_tokens(begin, std::min(end, middle), token0, count);
+    if (end > middle) right.gather_tokens(std::max(begin, middle) - middle, end - middle, token0, count);
+  });
 }
 
 void masked_grad(Tensor out, const Tensor& grad_out, const Tensor& input, std::optional<Tensor> rows,
@@ -135,14 +135,24 @@ void masked_grad(Tensor out, const Tensor& grad_out, const Tensor& input, std::o
   check_masked_grad(out, grad_out, input, rows, cols, tiles, local, tile);
   const Worklist work(Order(rows, grad_out.size(1)), Order(cols, input.size(1)), tiles, local, tile);
   work.check_bounds("masked_grad_", {{grad_out.size(1), input.size(1)}}, /*one_shape=*/true);
-  const auto dense = [](const Tensor& x) { return x.stride(1) == 1 ? x : torch::stable::contiguous(x); };
+  const auto dense = [](const Tensor& x) {
+    return x.stride(0) == 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x);
+  };
   const Tensor left = dense(grad_out), right = dense(input);
+  const auto with = [&](auto from, auto to) {
+    using T = typename decltype(from)::type;
+    using S = typename decltype(to)::type;
+    compute(work, Operand<T, S>(left, work.rows, used(work, &Tile::row0, tile[0], work.rows)),
+            Operand<T, S>(right, work.cols, used(work, &Tile::col0, tile[1], work.cols)), grad_out.size(0), accumulate,
+            out.mutable_data_ptr<Wide<T>>());
+  };
   visit_float(grad_out.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    Tensor scratch[2];
-    compute(work, operand<T>(left, work.rows, used(work, &Tile::row0, tile[0], work.rows), scratch[0]),
-            operand<T>(right, work.cols, used(work, &Tile::col0, tile[1], work.cols), scratch[1]), grad_out.size(0),
-            accumulate, out.mutable_data_ptr<Wide<T>>());
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      static const bool keep_bf16 = has_bf16_dots();
+      if (keep_bf16) return with(tag, tag);
+    }
+    with(tag, Tag<Wide<T>>{});
   });
 }
 

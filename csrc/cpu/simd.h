@@ -9,3 +9,8 @@
 #define SPARSEFT_CLONES
 #endif
 #define SPARSEFT_INLINE inline __attribute__((always_inline))
+
+// Vectors that are wider than the baseline's registers never cross a call: who takes or returns them is inlined.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif

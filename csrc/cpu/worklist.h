@@ -83,19 +83,24 @@ struct Run {
 
 constexpr int64_t kRun = 512;  // entries at most
 
+// All runs of the worklist, in order.
+inline std::vector<Run> runs_of(const Worklist& work) {
+  std::vector<Run> runs;
+  for (const Tile* tile = work.tiles; tile != work.tiles + work.size; ++tile)
+    for (int64_t first = tile->entry0; first < tile->entry1; first += kRun)
+      runs.push_back({tile, first, std::min(first + kRun, tile->entry1)});
+  return runs;
+}
+
 // Calls f(run) for all runs of the worklist, about `grain` entries or more per thread. f must not throw.
 template <typename F>
 void for_each_run(const Worklist& work, int64_t grain, const F& f) {
-  std::vector<Run> runs;
+  const std::vector<Run> runs = runs_of(work);
   std::vector<int64_t> start;  // entries before each run: threads share the entries, not the runs
   int64_t total = 0;
-  for (int64_t i = 0; i < work.size; ++i) {
-    const Tile& tile = work.tiles[i];
-    for (int64_t first = tile.entry0; first < tile.entry1; first += kRun) {
-      runs.push_back({&tile, first, std::min(first + kRun, tile.entry1)});
-      start.push_back(total);
-      total += runs.back().last - first;
-    }
+  for (const Run& run : runs) {
+    start.push_back(total);
+    total += run.last - run.first;
   }
   torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
     const auto number = [&](int64_t entry) {

@@ -1,0 +1,254 @@
+"""One training step of every provider: time of forward, backward and optimizer, and peak memory.
+
+    python -m bench.finetune                                        # everything (about half an hour)
+    python -m bench.finetune --providers frozen tiles10 --dtypes bf16 --rounds 1 --append
+
+Each provider runs in fresh processes, alternating with the others. A process loads the model, resets the kernel's
+high-water mark, trains, and reports its medians; it first shows that it computes the right thing (`gate`). Figures are
+ratios inside one round, their median over the rounds. Writes bench/results/finetune.csv; exits 1 if a bound is short.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.machine import describe
+from bench.memory import forget_peak, resident
+from bench.providers import PROVIDERS, batch, load, save_selection
+
+RESULTS = Path(__file__).parent / "results" / "finetune.csv"
+MODELS = ("smollm2", "llama-1b")
+DTYPES = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class Bound:
+    """`provider`'s figure over `against`'s may be at most `most[dtype]`, on smollm2."""
+
+    figure: str  # a column of the CSV
+    provider: str
+    against: str
+    most: dict[str, float]
+
+
+def _both(most: float) -> dict[str, float]:
+    return {"fp32": most, "bf16": most}
+
+
+BOUNDS = [
+    Bound("step_ms", "tiles10", "frozen", _both(1.08)),
+    Bound("step_ms", "tiles10", "lora8", _both(0.90)),
+    Bound("step_ms", "tiles10", "dense", {"fp32": 0.72, "bf16": 0.80}),
+    Bound("step_ms", "tiles10", "shira", _both(0.80)),
+    Bound("step_ms", "unstructured", "dense", _both(0.82)),
+    Bound("peak_mb", "tiles10", "frozen", _both(1.08)),
+    Bound("peak_mb", "tiles10", "lora8", _both(0.90)),
+    Bound("peak_mb", "tiles10", "shira", _both(0.75)),
+    Bound("peak_mb", "tiles10", "dense", {"fp32": 0.45, "bf16": 0.55}),
+]
+
+
+# ---- inside a provider's process ------------------------------------------------------------------------------
+
+
+def measure(name: str, model_name: str, dtype: str, rows: int, tokens: int, patterns: Path, steps: int) -> dict:
+    """Medians over `steps` steps (ms, wall and CPU), the peak (MB = 1e6 bytes over the loaded model), and what the
+    gate looks at: the first loss and the norm of the gradient at the embedding's output."""
+    model = load(model_name, dtype)
+    data = batch(model, rows, tokens)
+    model(input_ids=data["input_ids"][:1, :8])  # kernels' own buffers, threads
+    untouched = _sample(model)
+    loaded = forget_peak()
+    optimizer = PROVIDERS[name].prepare(model, patterns / name)
+    reached: list[float] = []
+
+    def note_gradient(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        output.requires_grad_().register_hook(lambda grad: reached.append(float(grad.norm())))
+
+    hook = model.get_input_embeddings().register_forward_hook(note_gradient)
+    losses: list[float] = []
+    times: list[tuple[float, float, float, float]] = []
+    for step in range(steps + 2):  # the first two warm up
+        marks, cpu = [time.perf_counter()], time.process_time()
+        loss = model(**data).loss
+        marks.append(time.perf_counter())
+        loss.backward()
+        marks.append(time.perf_counter())
+        optimizer.step()
+        optimizer.zero_grad()
+        marks.append(time.perf_counter())
+        losses.append(float(loss))
+        del loss
+        if step == 0:
+            hook.remove()
+            if PROVIDERS[name].selection is not None:
+                only_selected_changed(model, untouched, patterns / name)
+        if step >= 2:
+            forward, backward, update = (1e3 * (b - a) for a, b in zip(marks, marks[1:], strict=False))
+            times.append((forward, backward, update, 1e3 * (time.process_time() - cpu)))
+    peak = resident("VmHWM") - loaded
+    forward, backward, update, cpu_ms = (statistics.median(column) for column in zip(*times, strict=True))
+    return {
+        "forward_ms": forward, "backward_ms": backward, "optimizer_ms": update,
+        "step_ms": statistics.median(sum(t[:3]) for t in times), "cpu_ms": cpu_ms,
+        "peak_mb": peak / 1e6, "model_mb": sum(p.nbytes for p in set(model.parameters())) / 1e6,
+        "trained": sum(p.numel() for group in optimizer.param_groups for p in group["params"]),
+        "first_loss": losses[0], "last_loss": losses[-1], "reached": reached[0],
+    }  # fmt: skip
+
+
+def _sample(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of one layer's projections."""
+    names = [name for name, p in model.named_parameters() if ".layers.1." in name and p.dim() == 2]
+    return {name: model.get_parameter(name).detach().clone() for name in names}
+
+
+def only_selected_changed(model: nn.Module, before: dict[str, torch.Tensor], patterns: Path) -> None:
+    """The gate of sparse training: a step changes most selected entries, and no other."""
+    from sparseft import Pattern
+
+    for name, old in before.items():
+        file = patterns / f"{name}.safetensors"
+        mask = Pattern.load(file).to_mask() if file.exists() else torch.zeros_like(old, dtype=torch.bool)
+        changed = model.get_parameter(name) != old
+        assert not (changed & ~mask).any(), f"{name}: an entry changed that is not selected"
+        assert changed[mask].float().mean() > 0.5 or not mask.any(), f"{name}: most selected entries did not change"
+
+
+# ---- the processes' parent ------------------------------------------------------------------------------------
+
+
+def child(work: str, model: str, dtype: str, options: argparse.Namespace, patterns: Path) -> dict[str, Any]:
+    sizes = ["--rows", str(options.rows), "--tokens", str(options.tokens), "--steps", str(options.steps)]
+    command = [sys.executable, "-m", "bench.finetune", "--child", work, "--models", model, "--dtypes", dtype,
+               "--patterns", str(patterns), *sizes]  # fmt: skip
+    quiet = {"TOKENIZERS_PARALLELISM": "0", "OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **quiet})
+    if done.returncode:
+        sys.exit(f"{work} ({model}, {dtype}) failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_child(options: argparse.Namespace) -> None:
+    (model,), (dtype,), where = options.models, options.dtypes, Path(options.patterns)
+    provider = PROVIDERS[options.child.removeprefix("select ")]
+    if options.child.startswith("select "):
+        loaded = load(model, dtype)
+        assert provider.selection is not None
+        save_selection(loaded, batch(loaded, options.rows, options.tokens), provider.selection, where / provider.name)
+        print("{}")
+    else:
+        print(json.dumps(measure(provider.name, model, dtype, options.rows, options.tokens, where, options.steps)))
+
+
+def gate(results: dict[str, dict[str, Any]], dtype: str) -> None:
+    """All start at the same loss, all lead the gradient down to the embedding, all but the floor learn; else there is
+    no figure."""
+    first = next(iter(results.values()))
+    tolerance = {"fp32": 1e-3, "bf16": 3e-2}[dtype]
+    for name, result in results.items():
+        for what in ("first_loss", "reached"):
+            if not math.isclose(result[what], first[what], rel_tol=tolerance):
+                sys.exit(f"{name}: {what} is {result[what]}, the others' {first[what]}: no figures")
+        if name != "frozen" and not result["last_loss"] < result["first_loss"]:
+            sys.exit(f"{name} does not learn: loss {result['first_loss']} -> {result['last_loss']}: no figures")
+
+
+FIGURES = ("forward_ms", "backward_ms", "optimizer_ms", "step_ms", "cpu_ms", "peak_mb", "model_mb", "trained")
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each process, as it ends."""
+    started = time.strftime("%Y-%m-%dT%H:%M:%S")
+    machine = describe()
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for model in options.models:
+            for dtype in options.dtypes:
+                patterns = Path(options.patterns or scratch) / f"{model}-{dtype}"
+                for name in options.providers:
+                    if PROVIDERS[name].selection is not None and not (patterns / name).exists():
+                        child(f"select {name}", model, dtype, options, patterns)
+                for number in range(options.rounds):
+                    results = {}
+                    for name in options.providers:
+                        results[name] = child(name, model, dtype, options, patterns)
+                        step, peak = results[name]["step_ms"], results[name]["peak_mb"]
+                        print(f"{model} {dtype} round {number} {name:12} {step:7.0f} ms {peak:7.0f} MB", flush=True)
+                    gate(results, dtype)
+                    for name, result in results.items():
+                        figures = {figure: round(result[figure], 2) for figure in FIGURES}
+                        where = {"run": started, "round": number, "model": model, "dtype": dtype, "rows": options.rows,
+                                 "tokens": options.tokens, "provider": name}  # fmt: skip
+                        rows.append({**where, **figures, **machine})
+    return rows
+
+
+def ratio(rows: Sequence[dict[str, Any]], bound: Bound, dtype: str) -> float | None:
+    """The median over all rounds of one figure over another's, None if no round has both."""
+    chosen = [row for row in rows if row["model"] == "smollm2" and row["dtype"] == dtype]
+    by_round: dict[tuple, dict[str, float]] = {}
+    for row in chosen:
+        by_round.setdefault((row["run"], row["round"]), {})[row["provider"]] = float(row[bound.figure])
+    found = [r[bound.provider] / r[bound.against] for r in by_round.values() if {bound.provider, bound.against} <= set(r)]
+    return statistics.median(found) if found else None
+
+
+def report(rows: Sequence[dict[str, Any]]) -> bool:
+    """Print every bound with its figure; whether all hold."""
+    short = False
+    for bound in BOUNDS:
+        for dtype, most in bound.most.items():
+            figure = ratio(rows, bound, dtype)
+            if figure is None:
+                continue
+            short |= figure > most
+            what = f"{bound.figure[:4]} {bound.provider} / {bound.against}, {dtype}"
+            print(f"  {what:36} {figure:6.3f} (<= {most}) {'ok' if figure <= most else 'short'}")
+    return not short
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
+    parser.add_argument("--providers", nargs="+", default=tuple(PROVIDERS), choices=tuple(PROVIDERS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--patterns", help="folder in which selections are kept for the next run")
+    parser.add_argument("--append", action="store_true", help="add to the results instead of replacing them")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        run_child(options)
+        return
+    rows = run(options)
+    if options.append and RESULTS.exists():
+        with RESULTS.open(newline="") as file:
+            rows = [*csv.DictReader(file), *rows]
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    sys.exit(0 if report(rows) else 1)
+
+
+if __name__ == "__main__":
+    main()

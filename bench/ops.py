@@ -1,0 +1,309 @@
+"""Each operation on this CPU against the torch line that people would write, and against its floor.
+
+    python -m bench.ops                             # everything (some minutes)
+    python -m bench.ops --only masked_grad --append
+
+A group of calls is timed alternating, after each one's result was checked; figures are ratios of medians. Floors are
+measured in the same run: a copy's bandwidth, a read of the scores. Writes bench/results/ops.csv; exits 1 if a bound is
+short.
+"""
+
+import argparse
+import csv
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.machine import describe
+from bench.memory import forget_peak, resident
+from sparseft import reference
+from sparseft.ops import masked_grad, scatter_delta_, select_topk, sparse_adamw_
+from sparseft.pattern import Pattern, pack
+
+RESULTS = Path(__file__).parent / "results" / "ops.csv"
+LINE = 64  # bytes that memory is read and written in
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured; the shapes are SmolLM2-135M's, layer by layer, and its embedding."""
+
+    squares: tuple[int, ...] = (1024, 4096)
+    tokens: tuple[int, ...] = (512, 2048)
+    densities: tuple[float, ...] = (0.01, 0.05)
+    shapes: tuple[tuple[int, int], ...] = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576),
+                                           (576, 1536))  # fmt: skip
+    layers: int = 30
+    embedding: tuple[int, int] = (49152, 576)
+    scores: int = 106_168_320
+    repeats: int = 7
+
+
+@dataclass
+class Group:
+    """Calls that do the same work, "ours" among them, and what their figures may be.
+
+    `bounds`: (what, figure of the medians in seconds, bound); a figure at or above its bound is good.
+    """
+
+    operation: str
+    size: str
+    dtype: str
+    calls: dict[str, Callable[[], object]]
+    check: Callable[[], None]
+    bounds: list[tuple[str, Callable[[dict[str, float]], float], float]] = field(default_factory=list)
+    repeats: int | None = None
+
+
+def alternating(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each call; they take turns, once more than is counted."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(repeats + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if number:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def faster_than(rival: str) -> Callable[[dict[str, float]], float]:
+    return lambda seconds: seconds[rival] / seconds["ours"]
+
+
+# ---- the operations -------------------------------------------------------------------------------------------
+
+
+def masked_grads(sizes: Sizes) -> Iterator[Group]:
+    least = {("fp32", 0.01): 8.0, ("bf16", 0.01): 5.0, ("fp32", 0.05): 4.0, ("bf16", 0.05): 3.0}
+    for n in sizes.squares:
+        for tokens in sizes.tokens:
+            for name, dtype in DTYPES.items():
+                for density in sizes.densities:
+                    yield _masked_grad(n, tokens, name, dtype, density, least[name, density])
+
+
+def _masked_grad(n: int, tokens: int, name: str, dtype: torch.dtype, density: float, least: float) -> Group:
+    """Entries at random: the worst case, with no row or column that is not needed."""
+    generator = torch.Generator().manual_seed(0)
+    grad_out, input = (torch.randn(tokens, n, generator=generator).to(dtype) for _ in range(2))
+    mask = torch.rand(n, n, generator=generator) < density
+    pattern = Pattern.from_mask(mask)
+    indices = pattern.indices()
+    calls = {
+        "ours": lambda: masked_grad(grad_out, input, pattern),
+        "dense GEMM": lambda: grad_out.T @ input,
+        "dense GEMM + gather": lambda: (grad_out.T @ input).view(-1)[indices],
+    }
+    bounds = [
+        ("x dense GEMM", faster_than("dense GEMM"), least),
+        ("x dense GEMM + gather", faster_than("dense GEMM + gather"), 1.0),
+    ]
+    if dtype == torch.float32:  # it takes no other on the CPU
+        zeros = mask.float().to_sparse_csr()
+        calls["torch.sparse.sampled_addmm"] = lambda: torch.sparse.sampled_addmm(zeros, grad_out.T, input, beta=0)
+        bounds.append(("x sampled_addmm", faster_than("torch.sparse.sampled_addmm"), 1.0))
+
+    def check() -> None:
+        some = torch.randperm(len(indices), generator=generator)[:4096]
+        got = masked_grad(grad_out, input, pattern)[some].double()
+        products = grad_out[:, indices[some] // n].double() * input[:, indices[some] % n].double()
+        exact, size = products.sum(0), products.abs().sum(0)
+        assert bool(((got - exact).abs() <= (tokens + 1) * 2.0**-24 * 1.01 * size).all()), "masked_grad is wrong"
+
+    return Group("masked_grad", f"{n}x{n}, T={tokens}, {density:.0%}", name, calls, check, bounds)
+
+
+def adamws(sizes: Sizes) -> Iterator[Group]:
+    for name, dtype in DTYPES.items():
+        yield _adamw(sizes, name, dtype)
+
+
+def _adamw(sizes: Sizes, name: str, dtype: torch.dtype) -> Group:
+    """1 % of all linear weights, against fused AdamW on all weights."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = sizes.shapes * sizes.layers
+    weights = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    patterns = [_random_pattern(shape, 0.01, generator) for shape in shapes]
+    layout = pack(patterns)
+    values = torch.cat([p.gather(w).float() for p, w in zip(patterns, weights, strict=True)])
+    grad = torch.randn(len(values), generator=generator)
+    exp_avg, exp_avg_sq = torch.zeros_like(values), torch.zeros_like(values)
+    step, lr = torch.ones(len(weights), dtype=torch.int64), torch.tensor(1e-6, dtype=torch.float64)
+    dense = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in (*shapes, sizes.embedding)]
+    for parameter in dense:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer = torch.optim.AdamW(dense, lr=1e-6, fused=True)
+
+    # the lines of the weights that hold an entry, read and written; values and moments likewise; gradient, positions
+    per_line = LINE // dtype.itemsize
+    lines = sum(torch.unique(p.indices() // per_line).numel() for p in patterns)
+    moved = 2 * LINE * lines + len(values) * (3 * 8 + 4 + 2)
+    # copied in pieces that the cache cannot hold, as the weights are
+    source = torch.empty(64 << 20).fill_(1.0)
+    target = torch.empty_like(source)
+
+    def ours() -> None:
+        sparse_adamw_(weights, values, grad, exp_avg, exp_avg_sq, layout, step=step, lr=lr, weight_decay=0.01)
+
+    def check() -> None:
+        part = pack(patterns[:2])
+        count = len(part.local)
+        state = [t[:count].clone() for t in (values, exp_avg, exp_avg_sq)]
+        few, expected = [w.clone() for w in weights[:2]], [w.clone() for w in weights[:2]]
+        sparse_adamw_(few, state[0], grad[:count], *state[1:], part, step=step[:2], lr=lr, weight_decay=0.01)
+        again = [t[:count].clone() for t in (values, exp_avg, exp_avg_sq)]
+        reference.sparse_adamw_(expected, again[0], grad[:count], *again[1:], None, step[:2], None, *part, lr, 0.9,
+                                0.999, 1e-8, 0.01, False, None, None)  # fmt: skip
+        for got, want in zip([*few, *state], [*expected, *again], strict=True):
+            torch.testing.assert_close(got, want)
+
+    bounds = [
+        ("of the floor (cache lines at copy bandwidth)",
+         lambda s: moved / (2 * source.nbytes / s["copy"]) / s["ours"], 0.8),
+    ]  # fmt: skip
+    if name == "fp32":
+        bounds.append(("x dense fused AdamW", faster_than("dense fused AdamW"), 1 / 0.07))
+    calls = {"ours": ours, "dense fused AdamW": optimizer.step, "copy": lambda: target.copy_(source)}
+    return Group("sparse_adamw", f"{len(values)} of {sum(p.numel() for p in dense)}", name, calls, check, bounds)
+
+
+def _random_pattern(shape: tuple[int, int], density: float, generator: torch.Generator) -> Pattern:
+    return Pattern.from_mask(torch.rand(shape, generator=generator) < density)
+
+
+def topks(sizes: Sizes) -> Iterator[Group]:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(sizes.scores, generator=generator)
+    k = sizes.scores // 100
+
+    def check() -> None:
+        ties = torch.randint(-20, 20, (100_003,), generator=generator).float()
+        for few in (1, 1000, 60_000):
+            assert torch.equal(select_topk(ties, few), reference.select_topk([ties], [], few, "abs"))
+        threshold = scores.abs().kthvalue(sizes.scores - k + 1).values
+        assert bool((scores.abs()[select_topk(scores, k)] >= threshold).all()), "select_topk is wrong"
+
+    def memory(seconds: dict[str, float]) -> float:
+        before = forget_peak()
+        kept = select_topk(scores, k)
+        return kept.nbytes / max(resident("VmHWM") - before, 1)
+
+    calls = {
+        "ours": lambda: select_topk(scores, k),
+        "torch.topk": lambda: torch.topk(scores.abs(), k, sorted=False),
+        "read": lambda: scores.sum(),
+    }
+    bounds = [
+        ("x torch.topk", faster_than("torch.topk"), 60.0),
+        ("of one read of the scores", lambda s: s["read"] / s["ours"], 1 / 3),
+        ("output / extra memory", memory, 1 / 1.2),
+    ]
+    yield Group("select_topk", f"{k} of {sizes.scores}", "fp32", calls, check, bounds, repeats=3)
+
+
+def switches(sizes: Sizes) -> Iterator[Group]:
+    for name, dtype in DTYPES.items():
+        yield _switch(sizes, name, dtype)
+
+
+def _switch(sizes: Sizes, name: str, dtype: torch.dtype) -> Group:
+    """A change of 1 % put on and taken off, against merging and unmerging LoRA r=16 (PEFT)."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = sizes.shapes * sizes.layers
+    linears = nn.ModuleList(nn.Linear(cols, rows, bias=False, dtype=dtype) for rows, cols in shapes)
+    weights = [linear.weight.detach().clone() for linear in linears]
+    patterns = [_random_pattern(shape, 0.01, generator) for shape in shapes]
+    layout = pack(patterns)
+    values = torch.randn(len(layout.local), generator=generator).to(dtype)
+    config = LoraConfig(r=16, target_modules=[str(i) for i in range(len(shapes))])
+    adapted = inject_adapter_in_model(config, nn.ModuleDict({"layers": linears}))
+    adapters = [module for module in adapted.modules() if hasattr(module, "unmerge")]
+    assert len(adapters) == len(shapes)
+
+    def ours() -> None:
+        scatter_delta_(weights, values, layout, "swap")
+        scatter_delta_(weights, values, layout, "swap")
+
+    def lora() -> None:
+        for adapter in adapters:
+            adapter.merge()
+        for adapter in adapters:
+            adapter.unmerge()
+
+    def check() -> None:
+        before = [w.clone() for w in weights]
+        scatter_delta_(weights, values, layout, "swap")
+        assert not all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
+        scatter_delta_(weights, values, layout, "swap")
+        assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True)), "the switch is not exact"
+
+    bounds = [("x LoRA r=16 merge + unmerge", faster_than("LoRA r=16"), 10.0)]
+    return Group("delta switch", f"{len(values)} values", name, {"ours": ours, "LoRA r=16": lora}, check, bounds)
+
+
+OPERATIONS: dict[str, Callable[[Sizes], Iterator[Group]]] = {
+    "masked_grad": masked_grads, "sparse_adamw": adamws, "select_topk": topks, "switch": switches,
+}  # fmt: skip
+
+
+# ---- the run --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure(group: Group, repeats: int) -> list[dict[str, Any]]:
+    """Check and time a group; one row for each call, and one for each bound."""
+    group.check()
+    seconds = alternating(group.calls, group.repeats or repeats)
+    rows = []
+    for name, taken in seconds.items():
+        rows.append({"what": name, "figure": 1e3 * taken, "unit": "ms", "bound": "", "verdict": ""})
+    for what, figure, bound in group.bounds:
+        reached = figure(seconds)
+        verdict = "ok" if reached >= bound else "short"
+        rows.append({"what": what, "figure": reached, "unit": "ratio", "bound": round(bound, 3), "verdict": verdict})
+    about = {"operation": group.operation, "size": group.size, "dtype": group.dtype}
+    return [{**about, **row, "figure": float(f"{row['figure']:.4g}")} for row in rows]
+
+
+def show(row: dict[str, Any]) -> str:
+    return (f"{row['operation']:12} {row['size']:24} {row['dtype']} {row['what']:44} {row['figure']:8.2f} {row['unit']}"
+            + (f" (>= {row['bound']}) {row['verdict']}" if row["verdict"] else ""))  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=tuple(OPERATIONS), choices=tuple(OPERATIONS))
+    parser.add_argument("--append", action="store_true", help="add to the results instead of replacing them")
+    options = parser.parse_args()
+    sizes, about = Sizes(), {"run": time.strftime("%Y-%m-%dT%H:%M:%S"), **describe()}
+    rows: list[dict[str, Any]] = []
+    for name in options.only:
+        for group in OPERATIONS[name](sizes):
+            for row in measure(group, sizes.repeats):
+                print(show(row), flush=True)
+                rows.append({**row, **about})
+    short = any(row["verdict"] == "short" for row in rows)
+    if options.append and RESULTS.exists():
+        with RESULTS.open(newline="") as file:
+            rows = [*csv.DictReader(file), *rows]
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    sys.exit(1 if short else 0)
+
+
+if __name__ == "__main__":
+    main()

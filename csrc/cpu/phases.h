@@ -1,0 +1,54 @@
+// Work in phases on all threads, in one parallel region.
+//
+// Waking a sleeping thread can take as long as a layer's whole gradient: one region is entered, not one for each step,
+// and who is awake takes the next items. A phase starts when all items of the one before are done; a thread that has
+// not started yet holds none, so nobody waits for it.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <thread>
+#include <vector>
+
+namespace sparseft {
+
+class Phases {
+ public:
+  // sizes[p]: items of phase p.
+  explicit Phases(const std::vector<int64_t>& sizes) : phases_(sizes.size()) {
+    for (size_t p = 0; p < sizes.size(); ++p) phases_[p].size = sizes[p];
+  }
+
+  // Calls f(phase, begin, end) for all items, at most `batch` at a time, on all threads (or this one). f must not throw.
+  template <typename F>
+  void run(int64_t batch, bool threaded, const F& f) {
+    const auto work = [&] {
+      for (size_t p = 0; p < phases_.size(); ++p) {
+        Phase& phase = phases_[p];
+        for (int64_t begin; (begin = phase.next.fetch_add(batch)) < phase.size;) {
+          const int64_t end = std::min(begin + batch, phase.size);
+          f(static_cast<int64_t>(p), begin, end);
+          phase.done.fetch_add(end - begin, std::memory_order_release);
+        }
+        while (phase.done.load(std::memory_order_acquire) < phase.size) std::this_thread::yield();
+      }
+    };
+    const int64_t threads = threaded ? torch::stable::get_num_threads() : 1;
+    if (threads == 1) return work();
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (; begin < end; ++begin) work();
+    });
+  }
+
+ private:
+  struct alignas(64) Phase {
+    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> done{0};
+    int64_t size = 0;
+  };
+  std::vector<Phase> phases_;
+};
+
+}  // namespace sparseft

@@ -1,0 +1,111 @@
+"""What sparse layers save of their input for the backward pass: the columns that some entry needs, and these only
+once for all layers that read the same input."""
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+from sparseft import backend
+
+# Children of one module that are applied to the same tensor, by the names that model families give them. Where a model
+# applies them to different tensors, each saves its own: the names decide what is saved, never what is computed.
+READ_TOGETHER = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("wi_0", "wi_1"),
+    ("w1", "w3"),
+)
+
+
+class SharedInput:
+    """The input of one or several sparse layers: which of its columns they need, and the last one's columns."""
+
+    def __init__(self, layers: list[nn.Module]):
+        self._layers = layers
+        self._forget()
+
+    def _forget(self) -> None:
+        self._orders: list[Tensor] = []  # what the next two were made from
+        self._union: Tensor | None = None
+        self._places: list[Tensor] = []
+        self._last: tuple | None = None
+
+    def __getstate__(self) -> dict:
+        return {"layers": self._layers}
+
+    def __setstate__(self, state: dict) -> None:  # a copy plans for itself
+        self._layers = state["layers"]
+        self._forget()
+
+    def save(self, layer: nn.Module, input: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """What `layer` has to save of its input.
+
+        Args:
+            input: [..., K], what the layer was called with, and `x`, the same in the dtype it computes in.
+
+        Returns:
+            [U, T], the needed columns as rows, None where the whole input is needed; and the layer's order (int32),
+            into these columns.
+        """
+        orders = [input_order(one) for one in self._layers]
+        if len(orders) != len(self._orders) or any(a is not b for a, b in zip(orders, self._orders, strict=True)):
+            self._plan(orders, x.shape[-1])
+        number = next(i for i, one in enumerate(self._layers) if one is layer)
+        if self._union is None:
+            return None, orders[number]
+        last = self._last
+        if last is None or last[0]() is not input or last[1:3] != (_version(input), x.dtype):
+            kept = columns(x.detach().reshape(-1, x.shape[-1]), self._union)
+            # with the input go its columns; who saved them keeps them
+            last = weakref.ref(input, self._drop), _version(input), x.dtype, kept
+            self._last = last
+        return last[3], self._places[number]
+
+    def _plan(self, orders: list[Tensor], width: int) -> None:
+        self._forget()
+        self._orders = orders
+        needed = torch.zeros(width, dtype=torch.bool, device=orders[0].device)
+        for order in orders:
+            needed[order.long()] = True
+        union = needed.nonzero().squeeze(1).to(torch.int32)
+        if len(union) == width:
+            return
+        self._union = union
+        place = needed.cumsum(0).to(torch.int32) - 1
+        self._places = [place[order.long()] for order in orders]
+
+    def _drop(self, input: weakref.ref) -> None:
+        if self._last is not None and self._last[0] is input:
+            self._last = None
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Let the sparse layers of `model` that read the same input save it together."""
+    for parent in model.modules():
+        children = {name: child for name, child in parent.named_children() if hasattr(child, "_input")}
+        for names in READ_TOGETHER:
+            together = [children[name] for name in names if name in children]
+            if len({layer.weight.shape[layer.transposed - 1] for layer in together}) == 1:  # as wide as each other
+                shared = SharedInput(together)
+                for layer in together:
+                    layer._input = shared
+
+
+def input_order(layer: nn.Module) -> Tensor:
+    """The active columns of a sparse layer's input."""
+    # not by attribute: nn.Module's search for it costs more than all else that happens in a layer's call
+    return layer._buffers["rows" if layer.transposed else "cols"]
+
+
+def columns(x: Tensor, chosen: Tensor) -> Tensor:
+    """[U, T]: chosen columns (int32 [U]) of x [T, K] as rows."""
+    if x.device.type == "cpu" and backend.has_cpu_library():
+        return torch.ops.sparseft_cpu.columns(x, chosen)
+    return x.index_select(1, chosen).T
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

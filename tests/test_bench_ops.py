@@ -1,0 +1,42 @@
+"""The CPU benchmark of the operations: it runs on small sizes, and each operation as an entry of pytest-benchmark."""
+
+import pytest
+import torch
+
+from bench import ops
+
+SMALL = ops.Sizes(squares=(96,), tokens=(33,), densities=(0.01, 0.05), shapes=((48, 32), (32, 64)), layers=2,
+                  embedding=(64, 32), scores=20_000, repeats=1)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ops.OPERATIONS)
+def test_a_group_is_checked_timed_and_judged(name):
+    for group in ops.OPERATIONS[name](SMALL):
+        rows = ops.measure(group, repeats=1)
+        assert {row["what"] for row in rows if row["unit"] == "ms"} == set(group.calls)
+        assert {row["verdict"] for row in rows if row["unit"] == "ratio"} <= {"ok", "short"}
+        assert all(row["figure"] > 0 for row in rows)
+        assert all(isinstance(ops.show(row), str) for row in rows)
+
+
+def test_a_wrong_result_leaves_no_figure():
+    def wrong():
+        raise AssertionError("wrong")
+
+    group = ops.Group("masked_grad", "", "fp32", {"ours": lambda: pytest.fail("timed before it was checked")}, wrong)
+    with pytest.raises(AssertionError, match="wrong"):
+        ops.measure(group, repeats=1)
+
+
+MEDIUM = ops.Sizes(squares=(1024,), tokens=(512,), densities=(0.01,), layers=2, embedding=(64, 32), scores=1 << 22)
+
+
+@pytest.mark.parametrize("name", ops.OPERATIONS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_speed(benchmark, name, dtype):
+    for group in ops.OPERATIONS[name](MEDIUM):
+        if group.dtype == dtype:
+            with torch.no_grad():
+                benchmark(group.calls["ours"])
+            return
+    pytest.skip(f"{name} is measured in fp32 only")
