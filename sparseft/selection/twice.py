@@ -42,6 +42,7 @@ class TwiceBudget(Budget):
         tiles = keep_tiles(list(grids.values()), self._k, round(self._tile_budget * self.tiles), sure)
         self._kept = dict(zip(grids, tiles, strict=True))
         self._inside = FlooredTopK(self._k, {name: self._sure[name] for name in grids})
+        del self._free  # its candidates are no longer needed
         self._missing, self._grids = set(self._names), grids
 
     def _finish(self) -> None:
