@@ -6,7 +6,8 @@
 Cost: each case runs in fresh processes, under gradient checkpointing, on customers' questions (banking77) with the loss
 on the answers. Memory: the process loads the model, notes its resident memory, resets the kernel's high-water mark,
 selects 1 % on batches of two questions and reads the mark, activations included, which is held against the size of all
-eligible weights' gradients (glibc is told to hand freed memory back at once, so that the mark is what was needed).
+eligible weights' gradients. (glibc is told to hand freed memory back at once, so that the mark is what was needed;
+left alone it keeps freed gradients' pages, here about as many as all gradients take, for later use.)
 Time: CPU seconds of the process on one thread, which other processes on the machine hardly change, on batches of 16
 questions, against the bare backward passes that the case needs.
 
