@@ -325,7 +325,8 @@ def main() -> None:
 
         arguments.data = data_folder()
     if arguments.child:
-        print(json.dumps(measure(*arguments.child, arguments)))
+        case, what = arguments.child
+        print(json.dumps(measure(case, what, arguments)))
         return
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     short = False

@@ -34,7 +34,7 @@ def groups(names: Iterable[str]) -> dict[str, list[str]]:
     """
     names = list(names)
     found: dict[str, list[str]] = {}
-    layers = {name: int(number[1]) for name in names if (number := re.search(r"\.(\d+)\.", name))}
+    layers = {name: int(match[1]) for name in names if (match := re.search(r"\.(\d+)\.", name))}
     for name in names:
         parts = name.split(".")
         kind = parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]

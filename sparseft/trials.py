@@ -71,7 +71,7 @@ class Trials:
         self.held_out: Examples = tokenize(other, encoder)
         display.note(f"training: {self.examples.report()}")
         display.note(f"held out: {self.held_out.report()}")
-        self._patterns: dict[SparseConfig, dict[str, Pattern]] = {}
+        self._patterns: dict[str, dict[str, Pattern]] = {}
         self.start = self._loss()
         display.note(f"held-out loss before training: {self.start:.4f}")
 
@@ -92,7 +92,7 @@ class Trials:
             clock = time.perf_counter()
             trainer = trainer_for(config, self.model, self.tokenizer, self.examples, Path(folder), self.display)
             try:
-                key = _hashable(sparse)
+                key = _key(sparse)
                 known = self._patterns.get(key)
                 patterns = trainer.select() if known is None else known
                 self._patterns[key] = patterns
@@ -142,7 +142,6 @@ def split(rows: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
     return [r for i, r in enumerate(rows) if i not in out], [r for i, r in enumerate(rows) if i in out]
 
 
-def _hashable(sparse: SparseConfig) -> SparseConfig:
-    """The same with lists as tuples."""
-    fixed = {name: tuple(value) for name in ("include", "exclude") if isinstance(value := getattr(sparse, name), list)}
-    return replace(sparse, **fixed)
+def _key(sparse: SparseConfig) -> str:
+    """Equal for equal settings (which may hold lists)."""
+    return repr(sparse)
