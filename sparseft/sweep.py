@@ -1,0 +1,56 @@
+"""Density against tile budget: what a change learns, and what a step costs."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from sparseft import plot
+from sparseft.finetune import write_json
+from sparseft.trials import Outcome, Trials
+
+DENSITIES, TILE_BUDGETS = (0.0025, 0.005, 0.01, 0.02, 0.05), (0.05, 0.1, 0.2, 1.0)
+REPORT, PLOT = "sweep.json", "sweep.svg"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One density with one tile budget."""
+
+    density: float
+    tile_budget: float
+    outcome: Outcome
+
+
+def sweep(trials: Trials, steps: int, densities: Sequence[float] = DENSITIES,
+          tile_budgets: Sequence[float] = TILE_BUDGETS) -> list[Point]:  # fmt: skip
+    """A trial of so many steps for every pair.
+
+    Raises:
+        ValueError: `steps` is not positive, there is no pair, or a share lies outside (0, 1].
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be positive, got {steps}")
+    pairs = list(itertools.product(densities, tile_budgets))
+    if not pairs:
+        raise ValueError("densities and tile_budgets must hold at least one value each")
+    settings = [replace(trials.config.sparse, density=d, tile_budget=t) for d, t in pairs]  # refuses bad ones at once
+    found = []
+    for (density, tile_budget), sparse in zip(pairs, settings, strict=True):
+        trials.display.stage(f"Density {density:g}, tile budget {tile_budget:g}")
+        outcome = trials(sparse, steps)
+        found.append(Point(density, tile_budget, outcome))
+        trials.display.note(f"loss {outcome.loss:.4f}, {outcome.step_seconds:.2f} s per step")
+    return found
+
+
+def report(found: Sequence[Point], folder: Path) -> Path:
+    """Write the points (sweep.json) and loss over seconds per step (sweep.svg) into a folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / REPORT, {"points": [{"density": p.density, "tile_budget": p.tile_budget, **asdict(p.outcome)}
+                                            for p in found]})  # fmt: skip
+    series: dict[str, list[tuple[float, float]]] = {}
+    for p in found:
+        series.setdefault(f"tile budget {p.tile_budget:g}", []).append((p.outcome.step_seconds, p.outcome.loss))
+    plot.save(folder / PLOT, series, title="along each line: growing density", x="seconds per step", y="held-out loss")
+    return folder / REPORT

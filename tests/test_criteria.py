@@ -1,0 +1,460 @@
+"""Every criterion and structure against a dense float64 reference written here, and the limits on the score buffer."""
+
+import copy
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparseft.pattern import matrix_shape
+from sparseft.selection import CRITERIA, Criterion, eligible, gallop, losia, lottery, select
+
+from .test_selection import (
+    MODELS,
+    TILE,
+    VOCAB,
+    assert_same,
+    choose_freely,
+    digests,
+    groups_of,
+    make_gpt2,
+    make_llama,
+    make_mlp,
+    make_olmoe,
+    masks_of,
+    mlp_batches,
+    mlp_loss,
+    text_batches,
+)
+
+
+def wide(which: str, n: int):
+    """A float64 model, n batches and their loss function."""
+    make, batches, loss_fn = MODELS[which]
+    data = [x.double() if isinstance(x, Tensor) else x for x in batches(n)]
+    return make().double(), data, loss_fn
+
+
+# ---- references -------------------------------------------------------------------------------------------------
+
+
+def gradients(model, batch, loss_fn) -> dict[str, np.ndarray]:
+    weights = {name: model.get_parameter(name) for name in eligible(model)}
+    loss = loss_fn(model, batch) if loss_fn else model(**batch).loss
+    found = torch.autograd.grad(loss, list(weights.values()))
+    return {name: g.double().numpy() for name, g in zip(weights, found, strict=True)}
+
+
+def rows_of(batch):
+    if isinstance(batch, Tensor):
+        return [batch[i : i + 1] for i in range(len(batch))]
+    return [{key: v[i : i + 1] for key, v in batch.items()} for i in range(len(batch["input_ids"]))]
+
+
+def squares_per_token(model, batch, loss_fn) -> dict[str, np.ndarray]:
+    """Every token gets a copy of every weight; the squared gradients of the copies, summed."""
+    names = {w.data_ptr(): name for name, w in eligible(model).items()}
+    copies: dict[str, Tensor] = {}
+
+    class Copies(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is nn.functional.linear and args[1].data_ptr() in names:
+                x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else (kwargs or {}).get("bias")
+                own = weight.detach().expand(*x.shape[:-1], *weight.shape).clone().requires_grad_()
+                copies[names[weight.data_ptr()]] = own
+                y = (own @ x[..., None])[..., 0]
+                return y if bias is None else y + bias
+            if function is torch.addmm and args[2].data_ptr() in names:
+                bias, x, weight = args
+                own = weight.detach().expand(len(x), *weight.shape).clone().requires_grad_()
+                copies[names[weight.data_ptr()]] = own
+                return (x[:, None] @ own)[:, 0] + bias
+            return function(*args, **(kwargs or {}))
+
+    with Copies():
+        loss = loss_fn(model, batch) if loss_fn else model(**batch).loss
+    found = torch.autograd.grad(loss, list(copies.values()))
+    return {n: (g.flatten(0, -3) ** 2).sum(0).numpy() for n, g in zip(copies, found, strict=True)}
+
+
+def after_training(model, data, loss_fn, lr: float) -> dict[str, np.ndarray]:
+    trained = copy.deepcopy(model)
+    weights = eligible(trained)
+    optimizer = torch.optim.AdamW(list(weights.values()), lr=lr, weight_decay=0.0)
+    for batch in data:
+        trained.zero_grad()
+        (loss_fn(trained, batch) if loss_fn else trained(**batch).loss).backward()
+        optimizer.step()
+    return {name: (w - model.get_parameter(name)).detach().numpy() for name, w in weights.items()}
+
+
+def sm3(gradient_list: list[np.ndarray]) -> np.ndarray:
+    rows, columns = (np.zeros(n) for n in gradient_list[0].shape)
+    for g in gradient_list:
+        seen = np.array([[min(r, c) for c in columns] for r in rows]) + g**2
+        rows, columns = seen.max(1), seen.max(0)
+    return np.outer(rows, columns)
+
+
+def reference(criterion: str, model, data, loss_fn) -> dict[str, np.ndarray]:
+    weights = {name: w.detach().numpy() for name, w in eligible(model).items()}
+    if criterion == "lottery":
+        return {name: np.abs(d) for name, d in after_training(model, data, loss_fn, 1e-4).items()}
+    if criterion == "fisher-token":
+        parts = [squares_per_token(model, batch, loss_fn) for batch in data]
+        return {name: sum(part[name] for part in parts) for name in weights}
+    if criterion == "fisher-sample":
+        parts = [gradients(model, row, loss_fn) for batch in data for row in rows_of(batch)]
+        return {name: sum(part[name] ** 2 for part in parts) for name in weights}
+    parts = [gradients(model, batch, loss_fn) for batch in data]
+    each = {name: [part[name] for part in parts] for name in weights}
+    if criterion == "spiel-ma":
+        return {name: sm3([g.reshape(-1, g.shape[-1]) for g in each[name]]).reshape(w.shape)
+                for name, w in weights.items()}  # fmt: skip
+    if criterion == "losia":
+        scores = {}
+        for name, w in weights.items():
+            importance = uncertainty = np.zeros_like(w)
+            for g in each[name]:
+                s = np.abs(w * g - (w * g) ** 2 / 2)
+                importance = 0.85 * importance + 0.15 * s
+                uncertainty = 0.85 * uncertainty + 0.15 * np.abs(s - importance)
+            scores[name] = importance * uncertainty
+        return scores
+    by_sum = {"grad": lambda g, w: g, "sift": lambda g, w: g, "taylor": lambda g, w: g * w,
+              "snip": lambda g, w: g * w, "gallop": lambda g, w: g / (np.abs(w) + 1e-8)}  # fmt: skip
+    return {name: np.abs(by_sum[criterion](sum(each[name]), w)) for name, w in weights.items()}
+
+
+# ---- criteria ---------------------------------------------------------------------------------------------------
+
+NEW = ("sift", "snip", "gallop", "fisher-sample", "spiel-ma", "losia", "lottery")  # the others: test_selection.py
+CASES = [(which, criterion) for criterion in NEW for which in ("mlp", "llama", "olmoe")]
+CASES += [(which, "fisher-token") for which in ("mlp", "llama", "gpt2")]
+
+
+@pytest.mark.parametrize(("which", "criterion"), CASES)
+def test_a_criterion_is_the_dense_reference(which, criterion):
+    model, data, loss_fn = wide(which, 3)
+    scores = reference(criterion, model, data, loss_fn)
+    for allocation in ("global", "layer"):
+        patterns = select(model, data, criterion=criterion, density=0.07, allocation=allocation, tile=TILE,
+                          tile_budget=1.0, structure="entries", loss_fn=loss_fn)  # fmt: skip
+        chosen = [choose_freely(group, 0.07) for group in groups_of(scores, allocation)]
+        assert_same(patterns, {name: mask for group in chosen for name, mask in group.items()})
+
+
+def test_a_batch_of_single_samples_and_per_sample_fisher_agree():
+    model, data, _ = wide("llama", 2)
+    rows = [row for batch in data for row in rows_of(batch)]
+    settings = {"density": 0.1, "tile": TILE}
+    assert digests(select(model, rows, criterion="fisher", **settings)) == digests(
+        select(model, data, criterion="fisher-sample", **settings)
+    )
+    assert digests(select(model, data, criterion="fisher", **settings)) != digests(
+        select(model, data, criterion="fisher-sample", **settings)
+    )
+
+
+def test_samples_of_tuples_and_of_what_is_no_batch():
+    model = make_mlp().double()
+    loss = lambda m, b: ((m(b[0]) - b[1]) ** 2).mean() * b[2]  # noqa: E731
+    x, y = torch.randn(4, 13).double(), torch.randn(4, 5).double()
+    settings = {"density": 0.1, "tile": TILE, "loss_fn": loss}
+    assert digests(select(model, [(x, y, 2.0)], criterion="fisher-sample", **settings)) == digests(
+        select(model, [(x[i : i + 1], y[i : i + 1], 2.0) for i in range(4)], criterion="fisher", **settings)
+    )
+    with pytest.raises(ValueError, match=r"batch 0 must have as many rows in every tensor, got \[3, 4\]"):
+        select(model, [(x, y[:3], 2.0)], criterion="fisher-sample", **settings)
+    with pytest.raises(TypeError, match="batch 0 must hold tensors"):
+        select(model, ["text"], criterion="fisher-sample", **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("criterion", ["fisher-sample", "fisher-token", "gallop", "losia", "spiel-ma", "lottery"])
+def test_narrow_weights_are_scored_in_fp32(criterion, dtype):
+    """What the scores are made of is fp32 whatever the weights' dtype: the k chosen ones are not rounded to it."""
+    seen: dict[str, Tensor] = {}
+    rule = CRITERIA[criterion]
+
+    def watched(name, weight, total, seed):
+        seen[name] = total
+        return rule.score(name, weight, total, seed)
+
+    model = make_llama().to(dtype)
+    start = {name: w.detach().clone() for name, w in model.named_parameters()}
+    watching = Criterion(watched, rule.accumulate, rule.run, rule.state)
+    patterns = select(model, text_batches(2), criterion=watching, density=0.05, tile=TILE)
+    assert all(total.dtype == torch.float32 for total in seen.values())
+    assert sum(map(len, patterns.values())) == round(0.05 * sum(w.numel() for w in eligible(model).values()))
+    assert all(torch.equal(w, start[name]) for name, w in model.named_parameters())  # lottery: rewound to the bit
+
+
+def test_lottery_trains_bf16_weights_by_fp32_masters():
+    """A step of 1e-6 is lost in bf16 weights; twenty of them are not lost in their masters."""
+    model = nn.Sequential(nn.Linear(8, 8, bias=False)).bfloat16()
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+    changes: dict[str, Tensor] = {}
+    rule = lottery(lr=1e-6)
+
+    def watched(name, weight, total, seed):
+        changes[name] = total.clone()
+        return total
+
+    data = [torch.ones(2, 8).bfloat16()] * 20
+    select(model, data, criterion=Criterion(watched, rule.accumulate, rule.run), density=0.5, loss_fn=mlp_loss)
+    # Adam's step on a gradient of constant sign is lr to within 1 part in 10; a master near 1 resolves 2^-24
+    assert torch.all((changes["0.weight"] + 20e-6).abs() < 0.1 * 20e-6 + 20 * 2.0**-24)
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: gallop(0.0), "eps must be positive, got 0.0"), (lambda: losia(1.0), r"decay must lie in \[0, 1\), got 1"),
+    (lambda: losia(0.5, -1), "uncertainty_decay must lie in"), (lambda: lottery(0), "lr must be positive, got 0"),
+], ids=["gallop", "losia", "losia-2", "lottery"])  # fmt: skip
+def test_criteria_refuse(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_per_token_fisher_needs_linear_layers_and_a_gradient():
+    with pytest.raises(ValueError, match=r"gate\.weight belongs to none"):
+        select(make_olmoe(), text_batches(1), criterion="fisher-token")
+    model = make_mlp()
+    with pytest.raises(ValueError, match="batch 0: the loss gives no gradient for any layer"):
+        select(model, mlp_batches(1), criterion="fisher-token", loss_fn=lambda m, x: m.norm.weight.sum())
+    with pytest.raises(ValueError, match=r"batch 0: the gradient of down\.weight's output is not finite"):
+        select(model, mlp_batches(1), criterion="fisher-token", loss_fn=lambda m, x: (m(x) * torch.inf).sum())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+# ---- structures -------------------------------------------------------------------------------------------------
+
+
+def greedily(units: list[tuple[float, int]], k: int) -> list[int]:
+    """Positions of the units (score, entries) taken, best first, while that brings the entries closer to k."""
+    taken, entries = [], 0
+    for i in sorted(range(len(units)), key=lambda i: -units[i][0]):
+        if abs(entries + units[i][1] - k) < abs(entries - k):
+            taken.append(i)
+            entries += units[i][1]
+        else:
+            break
+    return taken
+
+
+@pytest.mark.parametrize("which", ["mlp", "llama", "gpt2", "olmoe"])
+def test_blocks_are_the_dense_reference(which):
+    model, data, loss_fn = wide(which, 2)
+    scores = reference("grad", model, data, loss_fn)
+    blocks, units = [], []
+    for name, s in scores.items():
+        s = s.reshape(matrix_shape(s.shape))
+        for r in range(0, s.shape[0], TILE[0]):
+            for c in range(0, s.shape[1], TILE[1]):
+                block = np.s_[r : r + TILE[0], c : c + TILE[1]]
+                blocks.append((name, block))
+                units.append((s[block].mean(), s[block].size))
+    expected = {name: np.zeros(matrix_shape(s.shape), bool) for name, s in scores.items()}
+    for i in greedily(units, round(0.1 * sum(s.size for s in scores.values()))):
+        expected[blocks[i][0]][blocks[i][1]] = True
+    patterns = select(model, data, criterion="smt", density=0.1, tile=TILE, loss_fn=loss_fn)
+    found = masks_of(patterns, scores)
+    for name, mask in expected.items():
+        np.testing.assert_array_equal(found[name].reshape(mask.shape), mask, err_msg=name)
+        if name in patterns:  # a block is a tile
+            assert len(patterns[name].tiles) == sum(
+                mask[r : r + TILE[0], c : c + TILE[1]].any()
+                for r in range(0, mask.shape[0], TILE[0]) for c in range(0, mask.shape[1], TILE[1])
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("which", ["mlp", "llama", "gpt2"])
+@pytest.mark.parametrize("allocation", ["global", "layer"])
+def test_subnets_are_the_dense_reference(which, allocation):
+    model, data, loss_fn = wide(which, 3)
+    expected = {}
+    for name, s in reference("losia", model, data, loss_fn).items():
+        s = s.reshape(matrix_shape(s.shape))
+        n, m = (max(1, round(0.1**0.5 * size)) for size in s.shape)
+        # k is rounded before it becomes a share of rows and columns; these shapes are far from a half
+        rows, columns = np.argsort(-s.sum(1))[:n], np.argsort(-s.sum(0))[:m]
+        tried = [(rows, np.argsort(-s[rows].sum(0))[:m]), (np.argsort(-s[:, columns].sum(1))[:n], columns),
+                 (rows, columns)]  # fmt: skip
+        best = max(tried, key=lambda choice: s[np.ix_(*choice)].sum())
+        expected[name] = np.zeros(s.shape, bool)
+        expected[name][np.ix_(*best)] = True
+    patterns = select(model, data, criterion="losia", density=0.1, allocation=allocation, tile=TILE, loss_fn=loss_fn)
+    assert_same(patterns, {n: mask.reshape(model.get_parameter(n).shape) for n, mask in expected.items()})
+
+
+@pytest.mark.parametrize("allocation", ["global", "layer"])
+@pytest.mark.parametrize("criterion", ["magnitude", "grad", "s2ft"])
+def test_heads_and_channels_are_the_dense_reference(criterion, allocation):
+    model, data, _ = wide("llama", 2)
+    if criterion == "s2ft":
+        scores = {n: CRITERIA["random"].score(n, w, None, 0).double().numpy() for n, w in eligible(model).items()}
+    elif criterion == "grad":
+        scores = reference("grad", model, data, None)
+    else:
+        scores = {n: w.detach().abs().numpy() for n, w in eligible(model).items()}
+    expected = {name: np.zeros(s.shape, bool) for name, s in scores.items()}
+    groups: dict[str, list] = {}
+    for layer in range(2):
+        attention, mlp = f"model.layers.{layer}.self_attn.", f"model.layers.{layer}.mlp."
+        for kind, producer, consumer, count, rows, columns in (
+            ("v", f"{attention}v_proj.weight", f"{attention}o_proj.weight", 2, 8, 16),  # two query heads read a head
+            ("u", f"{mlp}up_proj.weight", f"{mlp}down_proj.weight", 44, 1, 1),
+        ):
+            for i in range(count):
+                unit = [(producer, np.s_[i * rows : (i + 1) * rows]),
+                        (consumer, np.s_[:, i * columns : (i + 1) * columns])]  # fmt: skip
+                parts = [scores[name][where] for name, where in unit]
+                size = sum(p.size for p in parts)
+                groups.setdefault("" if allocation == "global" else f"{layer}{kind}", []).append(
+                    (sum(p.sum() for p in parts) / size, size, unit))  # fmt: skip
+    for units in groups.values():
+        k = round(0.2 * sum(size for _, size, _ in units))
+        for i in greedily([(score, size) for score, size, _ in units], k):
+            for name, where in units[i][2]:
+                expected[name][where] = True
+    patterns = select(model, data, criterion=criterion, structure="channels", density=0.2, allocation=allocation,
+                      tile=TILE)  # fmt: skip
+    assert_same(patterns, expected)
+
+
+def test_channels_need_couples():
+    with pytest.raises(ValueError, match=r"needs weights named v_proj with o_proj, .*up\.weight"):
+        select(make_mlp(), criterion="s2ft")
+    model = make_llama()
+    model.config.num_key_value_heads = 3
+    with pytest.raises(ValueError, match=r"3 heads do not divide the 16 rows of model\.layers\.0\.self_attn\.v_proj"):
+        select(model, criterion="s2ft")
+
+
+# ---- exact k ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("allocation", ["global", "layer", "kind", "mixed"])
+@pytest.mark.parametrize("k", [1, 17, 997, 5000])
+def test_k_is_exact(allocation, k):
+    model = make_llama()
+    weights = eligible(model)
+    patterns = select(model, criterion="magnitude", k=k, allocation=allocation, tile=TILE)
+    assert sum(map(len, patterns.values())) == k
+    if allocation == "layer":  # shares by size, rounded by largest remainder: never a whole entry away
+        total = sum(w.numel() for w in weights.values())
+        assert all(abs(len(patterns.get(n, ())) - k * w.numel() / total) < 1 for n, w in weights.items())
+
+
+def test_k_is_checked():
+    with pytest.raises(ValueError, match="k must be at most 666, the number of eligible entries, got 667"):
+        select(make_mlp(), criterion="magnitude", k=667)
+    with pytest.raises(ValueError, match="k must be positive, got 0"):
+        select(make_mlp(), criterion="magnitude", k=0)
+
+
+# ---- limited memory ---------------------------------------------------------------------------------------------
+
+LARGEST = 44 * 32 * 4  # bytes of the largest weight's sum
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("tile_budget", [0.2, 1.0])
+@pytest.mark.parametrize("criterion", ["grad", "taylor", "fisher", "fisher-sample", "fisher-token", "gallop", "losia",
+                                       "spiel-ma", "wanda", "magnitude", "random", "smt"])  # fmt: skip
+def test_limited_memory_changes_nothing(criterion, tile_budget, n):
+    model, data = make_llama(), text_batches(n)
+    settings = {"criterion": criterion, "density": 0.05, "tile": TILE, "tile_budget": tile_budget}
+    allocation = {"allocation": "mixed"} if criterion in ("grad", "random") else {}
+    free = select(model, data, **settings, **allocation)
+    small = LARGEST * (2 if criterion == "losia" else 1)
+    assert digests(select(model, data, memory=small, **settings, **allocation)) == digests(free)
+    assert digests(select(model, data, memory=10**9, **settings, **allocation)) == digests(free)
+    assert digests(select(model, data, **settings, **allocation)) == digests(free)  # and again the same
+
+
+@pytest.mark.parametrize("allocation", ["layer", "kind"])
+def test_limited_memory_with_several_budgets(allocation):
+    model, data = make_llama(), text_batches(2)
+    settings = {"density": 0.05, "tile": TILE, "tile_budget": 0.3, "allocation": allocation}
+    assert digests(select(model, data, memory=LARGEST, **settings)) == digests(select(model, data, **settings))
+
+
+def test_limited_memory_bounds_the_buffer(caplog, monkeypatch):
+    """Bytes of sums alive at once, and how many passes that costs."""
+    model, data = make_llama(), text_batches(3)
+    weights, alive, most, passes = eligible(model), {}, 0, 0
+    rule = CRITERIA["grad"]
+
+    def accumulate(total, part, weight):
+        nonlocal most
+        alive[id(weight.untyped_storage())] = total.numel() * 4
+        rule.accumulate(total, part, weight)
+        most = max(most, sum(alive.values()))
+
+    def score(name, weight, total, seed):
+        return total.clone()
+
+    def loss(m, batch):
+        nonlocal passes
+        passes += 1
+        if batch is data[0]:
+            alive.clear()  # a new sweep
+        return m(**batch).loss
+
+    limit = 2 * LARGEST
+    with caplog.at_level(logging.INFO, "sparseft"):
+        select(model, data, criterion=Criterion(score, accumulate), density=0.05, tile=TILE, tile_budget=1.0,
+               loss_fn=loss, memory=limit)  # fmt: skip
+    assert 0 < most <= limit
+    assert passes % len(data) == 0
+    sweeps = passes // len(data)
+    everything = 4 * sum(w.numel() for w in weights.values())
+    assert everything / limit <= sweeps <= 2 * everything / limit + 1  # two groups side by side never fit together
+    assert f"memory: {sweeps} sweeps over the batches" in caplog.text
+
+
+def test_limited_memory_with_a_shuffling_loader():
+    model, data = make_mlp().train(), torch.cat(mlp_batches(4))
+    loader = torch.utils.data.DataLoader(data, batch_size=5, shuffle=True)
+    settings = {"density": 0.1, "criterion": "fisher", "tile": TILE, "loss_fn": mlp_loss}
+    free = select(model, loader, **settings)
+    torch.manual_seed(12)
+    assert digests(select(model, loader, memory=37 * 13 * 4, **settings)) == digests(free)
+
+
+def test_limited_memory_refuses():
+    model, data = make_llama(), text_batches(2)
+    with pytest.raises(TypeError, match=r"batches must have a length where memory is limited.*got generator"):
+        select(model, (b for b in data), memory=10**6)
+    with pytest.raises(ValueError, match=rf"memory must be at least {LARGEST} bytes, what the sums of .*gate_proj"):
+        select(model, data, memory=LARGEST - 1)
+    with pytest.raises(ValueError, match=r"memory must be at least \d+ bytes: this criterion looks at all weights"):
+        select(model, data, criterion="lottery", memory=LARGEST)
+    with pytest.raises(ValueError, match="memory must not be negative, got -1"):
+        select(model, data, memory=-1)
+
+
+def test_gpt2_and_tied_layers_are_covered_by_the_per_token_run():
+    """A weight used by two layers gives the sum over both uses."""
+    model = make_gpt2().double()
+    mlp = model.transformer.h[1].mlp
+    mlp.c_fc.weight = model.transformer.h[0].mlp.c_fc.weight
+    ids = torch.randint(VOCAB, (2, 7), generator=torch.Generator().manual_seed(3))
+    totals: dict[str, Tensor] = {}
+    rule = CRITERIA["fisher-token"]
+
+    def watched(name, weight, total, seed):
+        totals[name] = total.clone()
+        return total
+
+    select(model, [{"input_ids": ids, "labels": ids}], criterion=Criterion(watched, rule.accumulate, rule.run))
+    untied = copy.deepcopy(model)
+    untied.transformer.h[1].mlp.c_fc.weight = nn.Parameter(untied.transformer.h[1].mlp.c_fc.weight.detach().clone())
+    parts = squares_per_token(untied, {"input_ids": ids, "labels": ids}, None)
+    name = "transformer.h.{}.mlp.c_fc.weight"
+    torch.testing.assert_close(totals[name.format(0)], torch.from_numpy(parts[name.format(0)] + parts[name.format(1)]))

@@ -1,0 +1,281 @@
+"""auto, ablate and sweep: their plans on made-up figures, and whole commands on a tiny model."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sparseft import ablate as ablation
+from sparseft import auto, cli, plot
+from sparseft.finetune import RunConfig
+from sparseft.layers import selected
+from sparseft.trainer import SparseConfig
+from sparseft.trials import Outcome, Trials, split
+
+from .tiny import PAIRS, llama, tokenizer, write_jsonl
+
+
+class Silent:
+    def stage(self, text: str) -> None: ...
+    def note(self, text: str) -> None: ...
+    def progress(self, what: str, done: int, total: int) -> None: ...
+
+
+def outcome(loss: float = 1.0, select: float = 0.0, step: float = 1.0, measure: float = 0.0) -> Outcome:
+    return Outcome(loss, 0.0, 1, 1, 1.0, select, step, measure)
+
+
+# ---- successive halving -----------------------------------------------------------------------------------------
+
+
+def test_a_plan_uses_the_time_and_no_more():
+    for count in (2, 3, 5, 16):
+        for seconds in (30.0, 200.0, 5000.0):
+            probe = outcome(select=1.5, step=0.25, measure=0.5)
+            try:
+                made = auto.plan(count, seconds, probe, most_steps=10**6)
+            except ValueError:
+                assert seconds < 2 * (1.5 + 0.5 + auto.LEAST_STEPS * 0.25) + 1e-9
+                continue
+
+            def time(steps: int, n: int = made.count) -> float:
+                rounds = auto.Plan(n, steps).rounds
+                return n * 1.5 + sum(size * (0.5 + 0.25 * length) for size, length in rounds)
+
+            assert time(made.steps) <= seconds < time(made.steps + 1)
+            assert made.count == count or time(auto.LEAST_STEPS, made.count + 1) > seconds
+
+
+def test_the_rounds_halve_and_double():
+    assert auto.Plan(16, 5).rounds == [(16, 5), (8, 10), (4, 20), (2, 40)]
+    assert auto.Plan(5, 3).rounds == [(5, 3), (3, 6), (2, 12)]
+
+
+def test_the_longest_trial_is_bounded():
+    assert auto.plan(8, 1e9, outcome(), most_steps=30).rounds[-1] == (2, 28)
+    with pytest.raises(ValueError, match=r"two settings of 4 steps need 0\.1 more, 0\.1 are left"):
+        auto.plan(8, 7.9, outcome(), most_steps=30)
+
+
+def halved(losses: dict[float, float], made: auto.Plan, deadline: float = 1e9):
+    """Trials whose loss is made up by density, on a clock that a step advances by one."""
+    now = 0.0
+
+    def trial(sparse, steps):
+        nonlocal now
+        now += steps
+        return outcome(losses[sparse.density] / math.log2(1 + steps))
+
+    candidates = [SparseConfig(density=d) for d in losses]
+    return auto.halve(candidates, made, trial, deadline, clock=lambda: now), now
+
+
+def test_halving_keeps_the_better_half_and_finds_the_best():
+    tries, spent = halved({0.1: 4.0, 0.2: 1.0, 0.3: 3.0, 0.4: 2.0}, auto.Plan(4, 8))
+    assert [(one.round, one.steps, one.sparse.density) for one in tries] == [
+        (0, 8, 0.1), (0, 8, 0.2), (0, 8, 0.3), (0, 8, 0.4), (1, 16, 0.2), (1, 16, 0.4)
+    ]  # fmt: skip
+    assert auto.best(tries).sparse.density == 0.2
+    assert spent == 4 * 8 + 2 * 16
+
+
+def test_a_round_that_would_be_late_does_not_begin():
+    tries, spent = halved({0.1: 1.0, 0.2: 2.0, 0.3: 3.0, 0.4: 4.0}, auto.Plan(4, 8), deadline=32 + 31.5)
+    assert spent == 32 and max(one.round for one in tries) == 0
+    assert auto.best(tries).sparse.density == 0.1
+    assert halved({0.1: 1.0, 0.2: 2.0, 0.3: 3.0, 0.4: 4.0}, auto.Plan(4, 8), deadline=64.0)[1] == 64
+
+
+def test_equal_losses_go_to_the_earlier_setting():
+    tries, _ = halved(dict.fromkeys((0.3, 0.1, 0.2), 1.0), auto.Plan(3, 4))
+    assert [one.sparse.density for one in tries if one.round == 1] == [0.3, 0.1]
+    assert auto.best(tries).sparse.density == 0.3
+
+
+def test_settings_are_different_start_with_the_base_and_come_from_the_grid():
+    base = SparseConfig(criterion="grad", density=0.02, tile_budget=1.0)
+    grid = {"criterion": ("grad", "fisher", "random"), "tile_budget": (0.1, 1.0)}
+    found = auto.settings(base, grid, 4, seed=3)
+    assert found == auto.settings(base, grid, 4, seed=3)
+    assert found[0] == base and len(set(found)) == 4
+    assert len(auto.settings(base, grid, 100, seed=3)) == 6
+    assert all(s == replace(base, criterion=s.criterion, tile_budget=s.tile_budget) for s in found)
+    with pytest.raises(ValueError, match="'colour' is no field"):
+        auto.settings(base, {"colour": (1,)}, 4, seed=0)
+    with pytest.raises(ValueError, match="but one setting"):
+        auto.settings(base, {"density": (0.02,)}, 4, seed=0)
+
+
+# ---- groups, splits, plots --------------------------------------------------------------------------------------
+
+
+def test_groups_are_kinds_and_thirds():
+    names = [f"model.layers.{i}.{part}.weight" for i in range(6)
+             for part in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")]  # fmt: skip
+    found = ablation.groups([*names, "project.weight"])
+    assert list(found) == ["q", "o", "down", "project", "early", "middle", "late"]
+    assert found["q"] == [n for n in names if "q_proj" in n]
+    assert found["early"] == names[:6] and found["middle"] == names[6:12] and found["late"] == names[12:]
+    assert ablation.groups(["layers.0.q_proj.weight", "layers.0.k_proj.weight"]).keys() == {"q", "k"}
+
+
+def test_a_split_is_whole_disjoint_and_seeded():
+    rows = [{"n": i} for i in range(40)]
+    train, out = split(rows, 1)
+    assert len(out) == 8 and sorted([*train, *out], key=lambda r: r["n"]) == rows
+    assert split(rows, 1) == (train, out) != split(rows, 2)
+    assert len(split([{}] * 5000, 0)[1]) == 200
+    with pytest.raises(ValueError, match="one row cannot be split"):
+        split(rows[:1], 0)
+
+
+def test_a_plot_is_svg_with_its_points(tmp_path):
+    plot.save(tmp_path / "p.svg", {"a & b": [(1, 2.0), (10, 1.0)], "c": [(100, 3.0)]}, title="<t>", x="x", y="y",
+              log_x=True)  # fmt: skip
+    root = ElementTree.parse(tmp_path / "p.svg").getroot()
+    ns = "{http://www.w3.org/2000/svg}"
+    assert len(root.findall(f".//{ns}circle")) == 3 + 2
+    assert {"a & b", "c", "<t>", "x", "y", "100"} <= {t.text for t in root.findall(f".//{ns}text")}
+    (line,) = root.findall(f".//{ns}polyline")
+    (x0, y0), (x1, y1) = (map(float, pair.split(",")) for pair in line.get("points").split())
+    assert x0 < x1 and y0 < y1  # a lower loss is lower in the picture
+    for bad, message in (
+        ({}, "must hold points"),
+        ({"a": [(1.0, math.nan)]}, "all finite"),
+        ({"a": [(0, 1)]}, "log_x"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plot.save(tmp_path / "q.svg", bad, title="", x="", y="", log_x=True)
+
+
+# ---- on a tiny model --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("search")
+    llama(dtype=torch.bfloat16).save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    write_jsonl(folder / "train.jsonl", PAIRS)
+    write_jsonl(folder / "held.jsonl", PAIRS[:6])
+    return folder
+
+
+def config(start: Path, **fields) -> RunConfig:
+    sparse = SparseConfig(density=0.1, tile=(8, 8), batches=2)
+    return RunConfig(**({"model": str(start / "model"), "data": str(start / "train.jsonl"), "device": "cpu",
+                         "batch_size": 4, "sparse": sparse} | fields))  # fmt: skip
+
+
+def test_trials_start_from_the_same_weights_and_repeat(start):
+    trials = Trials(config(start), str(start / "held.jsonl"), Silent())
+    before = {name: w.clone() for name, w in trials.model.state_dict().items()}
+    normed = replace(trials.config.sparse, train_norms=True, include=["mlp"])
+    first, other, again = trials(trials.config.sparse, 5), trials(normed, 3), trials(trials.config.sparse, 5)
+    assert not selected(trials.model)
+    after = trials.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name].view(torch.uint8), w.view(torch.uint8)) for name, w in before.items())
+    assert (first.loss, first.changed, first.entries) == (again.loss, again.changed, again.entries)
+    assert first.loss != other.loss
+    assert again.select_seconds == 0 < first.select_seconds
+    assert 0 < first.changed <= first.entries == round(0.1 * sum(w.numel() for w in trials.weights.values()))
+    assert first.gain == trials.start - first.loss > 0
+    with pytest.raises(ValueError, match="matches no weight"):  # what fails leaves the model as it was
+        trials(replace(trials.config.sparse, include="nothing"), 1)
+    assert not selected(trials.model)
+
+
+def call(*arguments: object) -> str:
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def common(start: Path, output: str) -> list[object]:
+    return [start / "model", start / "train.jsonl", "--held-out", start / "held.jsonl", "--output", start / output,
+            "--tile", 8, "--batch-size", 4, "--selection-batches", 2, "--device", "cpu"]  # fmt: skip
+
+
+def test_auto_tries_reports_and_chooses(start):
+    shown = call("auto", *common(start, "auto"), "--minutes", 60, "--settings", 4, "--criterion", "grad",
+                 "--criterion", "random", "--allocation", "layer", "--density", 0.1, "--epochs", 4)  # fmt: skip
+    told = json.loads((start / "auto" / "auto.json").read_text())
+    assert told["chosen"] in [one["setting"] for one in told["trials"]]
+    last = max(one["round"] for one in told["trials"])
+    assert told["loss"] == min(one["loss"] for one in told["trials"] if one["round"] == last)
+    first = [one["setting"] for one in told["trials"] if one["round"] == 0]
+    assert {(s["criterion"], s["tile_budget"]) for s in first} <= {
+        (c, t) for c in ("grad", "random") for t in (0.1, 1.0)
+    }
+    assert f"--criterion {told['chosen']['criterion']} --allocation layer --density 0.1" in shown
+    ElementTree.parse(start / "auto" / "auto.svg")
+
+
+def test_train_with_criterion_auto_chooses_first(start):
+    shown = call("train", start / "model", start / "train.jsonl", "--runs", start / "runs", "--density", 0.1, "--tile",
+                 8, "--steps", 8, "--batch-size", 4, "--device", "cpu", "--criterion", "auto", "--auto-minutes", 60,
+                 "--selection-batches", 1)  # fmt: skip
+    # neither hour is used up: the longest trial has as many steps as the run
+    told = json.loads((start / "runs" / "run" / "auto.json").read_text())
+    sparse = json.loads((start / "runs" / "run" / "config.json").read_text())["sparse"]
+    assert sparse == json.loads(json.dumps(told["chosen"]))
+    assert sparse["density"] == 0.1 and f"--criterion {sparse['criterion']}" in shown
+    result = CliRunner().invoke(cli.app, ["train", str(start / "model"), str(start / "train.jsonl"), "--runs",
+                                          str(start / "runs"), "--criterion", "auto", "--resume"])  # fmt: skip
+    assert result.exit_code == 2 and "the run has chosen already" in result.stderr
+
+
+def test_ablate_ranks_groups(start):
+    shown = call("ablate", *common(start, "ablate"), "--steps", 3, "--density", 0.1)
+    rows = json.loads((start / "ablate" / "ablate.json").read_text())["groups"]
+    assert {row["group"] for row in rows} == {"q", "k", "v", "o", "gate", "up", "down", "early", "middle"}
+    ranks = [row["gain_per_million"] for row in rows]
+    assert ranks == sorted(ranks, reverse=True)
+    model = llama()
+    for row in rows:
+        assert row["entries"] == round(0.1 * row["weights"])
+        assert row["gain_per_million"] == pytest.approx(1e6 * row["gain"] / row["changed"])
+        if len(row["group"]) == 1:
+            kind = f"{row['group']}_proj.weight"
+            assert row["weights"] == sum(w.numel() for name, w in model.named_parameters() if name.endswith(kind))
+        assert row["group"] in shown
+
+
+def test_sweep_goes_over_all_pairs(start):
+    call("sweep", *common(start, "sweep"), "--steps", 2, "--density", 0.05, "--density", 0.2, "--tile-budget", 0.3,
+         "--tile-budget", 1.0)  # fmt: skip
+    points = json.loads((start / "sweep" / "sweep.json").read_text())["points"]
+    assert [(p["density"], p["tile_budget"]) for p in points] == [(0.05, 0.3), (0.05, 1.0), (0.2, 0.3), (0.2, 1.0)]
+    total = sum(w.numel() for name, w in llama().named_parameters() if "_proj" in name)
+    assert [p["entries"] for p in points] == [round(d * total) for d in (0.05, 0.05, 0.2, 0.2)]
+    assert all(0 < p["tile_share"] <= 1 for p in points)
+
+
+@pytest.mark.parametrize(("command", "options", "message"), [
+    ("auto", ["--minutes", 0], "minutes must be positive"), ("auto", ["--criterion", "luck"], "criterion"),
+    ("auto", ["--criterion", "grad", "--allocation", "layer", "--tile-budget", 1], "but one setting"),
+    ("ablate", ["--density", 2], "density"), ("sweep", ["--density", 0], "density"),
+    ("sweep", ["--output", "."], "exists already"), ("ablate", ["--held-out", "absent.jsonl"], "absent.jsonl"),
+], ids=str)  # fmt: skip
+def test_bad_options_end_in_one_line_and_make_nothing(start, command, options, message):
+    before = sorted(start.rglob("*"))
+    result = CliRunner().invoke(cli.app, [command, *map(str, common(start, "bad")), *map(str, options)])
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: ") and message in line
+    assert sorted(start.rglob("*")) == before
+
+
+def test_the_commands_defaults_are_those_of_train():
+    from sparseft import cli_search
+
+    assert cli_search.LEARNING_RATE == cli.LEARNING_RATE
+    for command in ("auto", "ablate", "sweep"):
+        assert "Example:" in call(command, "--help")
+        assert command in call("--help")

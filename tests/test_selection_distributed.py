@@ -1,0 +1,65 @@
+"""Two processes that select together get the same patterns, those of one process that sees all batches."""
+
+import json
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from sparseft.selection import select
+
+CRITERIA = ("grad", "fisher", "fisher-token", "taylor", "wanda", "random", "losia", "spiel-ma", "lottery")
+ADDITIVE = ("grad", "fisher", "fisher-token", "taylor", "wanda", "random")  # the state over ranks is that over batches
+
+
+def make() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 10, bias=False)).double()
+
+
+def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model(x).square().mean()
+
+
+def batches() -> torch.Tensor:
+    return torch.randn(5, 8, 20, generator=torch.Generator().manual_seed(4)).double()
+
+
+def digests(model, data, criterion, **options) -> dict[str, str]:
+    patterns = select(model, data, criterion=criterion, density=0.1, tile=(8, 8), loss_fn=loss, structure="entries",
+                      **options)  # fmt: skip
+    return {name: pattern.digest for name, pattern in patterns.items()}
+
+
+def on_rank(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    group = torch.distributed.group.WORLD
+    data = list(batches())
+    mine = data[:1] if rank == 0 else data[1:]  # one batch here, four there
+    found = {criterion: digests(make(), mine, criterion, group=group) for criterion in CRITERIA}
+    found["limited"] = digests(make(), mine, "grad", group=group, memory=30 * 20 * 8)
+    found["alone"] = digests(make(), mine, "grad")  # without the group: each by itself
+    with open(os.path.join(folder, f"{rank}.json"), "w") as file:
+        json.dump(found, file)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> list[dict[str, dict[str, str]]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(on_rank, (str(folder),), nprocs=2)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_ranks_agree(found):
+    one, two = found
+    assert one.pop("alone") != two.pop("alone")  # different data would choose differently
+    assert one == two
+
+
+def test_ranks_choose_what_one_process_chooses(found):
+    data = list(batches())
+    for criterion in ADDITIVE:
+        assert found[0][criterion] == digests(make(), data, criterion), criterion
+    assert found[0]["limited"] == found[0]["grad"]
