@@ -1,9 +1,13 @@
 # One environment, .venv, made from scratch on first use; every target installs what it needs, once.
 #   make PYTHON=python3.12 TORCH='torch==2.14.1'    another interpreter, another torch (any >= 2.10)
+#   make wheel CUDA="12.8 13.0"                     an sdist, the CPU wheel and one for each CUDA version
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 JOBS   ?= 2
+CUDA   ?=
+# the finished wheels must work beside each of these
+TORCHES ?= torch==2.13.0 torch==2.14.1
 
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -42,15 +46,8 @@ bench: $(STAMPS)/bench
 	@short=0; for module in $(BENCHES); do \
 	  echo "== $$module"; $(BIN)/python -m $$module || short=1; done; exit $$short
 
-# The libraries must use nothing but torch's stable ABI, and no more of it than torch 2.10 has.
 wheel: $(STAMPS)/wheel
-	rm -rf build dist
-	$(BIN)/torch-abi-audit --check torch sparseft/*.so
-	SPARSEFT_CUDA=0 $(PIP) wheel . --no-deps --no-build-isolation --wheel-dir dist/cpu
-	@if $(BIN)/python -c "import sys, setup; toolkit, why = setup.choose_cuda(); print('CUDA wheel:', why); sys.exit(not toolkit)"; \
-	then SPARSEFT_CUDA=1 $(PIP) wheel . --no-deps --no-build-isolation --wheel-dir dist/cuda; \
-	else echo "no CUDA wheel"; fi
-	@ls dist/*/*.whl
+	$(BIN)/python -m tools.wheels --cuda "$(CUDA)" --beside "$(TORCHES)"
 
 gpu: $(STAMPS)/package
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else \

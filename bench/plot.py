@@ -6,7 +6,6 @@
 import csv
 import statistics
 import sys
-from pathlib import Path
 
 from bench.finetune import RESULTS
 

@@ -3,14 +3,16 @@
 `sparsify` swaps the class of the chosen `nn.Linear` (and GPT-2 `Conv1D`) modules in place: same object, same
 `weight`, same state_dict. The weight stops requiring a gradient and always holds the current values, so the
 forward pass is the plain dense one; a new leaf `values` (fp32, one value per selected entry, not in the
-state_dict) takes its place for autograd, the optimizer, clipping and schedulers. Any other selected parameter
-(3-D experts, embeddings, tied weights) keeps its dense gradient for the moment in which it is gathered.
+state_dict) takes its place for autograd, the optimizer, clipping and schedulers. Embeddings of which a few rows are
+selected, tied output heads included, do the same. Any other selected parameter (3-D experts, other tied weights) keeps
+its dense gradient for the moment in which it is gathered.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from sparseft.embeddings import MaskedEmbedding, trains_by_rows
 from sparseft.ops import eager_masked_grad, scatter_delta_
 from sparseft.pattern import TENSORS, Pattern, matrix_shape
 from sparseft.saved import SharedInput, share_inputs
@@ -79,19 +82,34 @@ class MaskedLinear(torch.autograd.Function):
         return grad_x, grad_values, None, grad_bias, *[None] * 7
 
 
-class _Sparse(nn.Module):
-    """What the sparse layer classes share; each sits in front of the plain class that it replaces."""
+class _Swapped(nn.Module):
+    """What the sparse classes share; each sits in front of the plain class that it replaces."""
 
     plain: type[nn.Module]
-    transposed = False
     weight: nn.Parameter
-    bias: nn.Parameter | None
     values: nn.Parameter
     rows: Tensor
     cols: Tensor
     tiles: Tensor
     local: Tensor
     _tile: tuple[int, int]
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if hasattr(self, "_sparseft"):  # a tied layer's leaf belongs to the embedding
+            bind(self, "weight")  # a copied or unpickled leaf has lost its attributes
+
+    def extra_repr(self) -> str:
+        shape = self.weight.shape
+        bias = f", bias={self.bias is not None}" if isinstance(self, _Sparse) else ""
+        return f"weight={tuple(shape)}{bias}, trained={len(self.local)} of {shape.numel()}"
+
+
+class _Sparse(_Swapped):
+    """Layers that multiply."""
+
+    transposed = False
+    bias: nn.Parameter | None
     _input: SharedInput
 
     def forward(self, input: Tensor) -> Tensor:
@@ -116,19 +134,22 @@ class _Sparse(nn.Module):
         entries = rows, cols, self.tiles, self.local, self._tile
         return MaskedLinear.apply(x, self.values, weight, bias, saved, *entries, self.transposed)
 
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        bind(self, "weight")  # a copied or unpickled leaf has lost its attributes
-
-    def extra_repr(self) -> str:
-        shape = self.weight.shape
-        return f"weight={tuple(shape)}, bias={self.bias is not None}, trained={len(self.local)} of {shape.numel()}"
-
 
 class SparseLinear(_Sparse, nn.Linear):
     """`nn.Linear` of which only `values` train."""
 
     plain = nn.Linear
+
+
+class SparseEmbedding(_Swapped, nn.Embedding):
+    """`nn.Embedding` of which only `values` train."""
+
+    plain = nn.Embedding
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The plain embedding's output."""
+        entries = self.rows, self.cols, self.tiles, self.local, self._tile
+        return MaskedEmbedding.apply(input, self.values, self.weight, self.padding_idx, *entries)
 
 
 def sparsify(model: nn.Module, patterns: dict[str, Pattern]) -> nn.Module:
@@ -152,10 +173,10 @@ def sparsify(model: nn.Module, patterns: dict[str, Pattern]) -> nn.Module:
     _check(model, patterns, parameters_by_name)
     flags = {name: p.requires_grad for name, p in parameters_by_name.items()}
     prepared = _prepare(parameters_by_name, patterns)  # what can fail comes before the first change
-    uses = _uses(model)
+    users = _users(model)
     model.requires_grad_(False)
     model.zero_grad()  # a dense gradient left from before has no further use
-    _attach_all(model, prepared, uses)
+    _attach_all(model, prepared, users)
     model._sparseft_flags = flags
     return wrapped
 
@@ -165,9 +186,10 @@ def sparsify_more(model: nn.Module, patterns: dict[str, Pattern]) -> None:
     `check_pattern` and name weights that have no leaf yet."""
     model = plain(model)
     parameters_by_name = dict(model.named_parameters())
-    _attach_all(model, _prepare(parameters_by_name, patterns), _uses(model))
+    _attach_all(model, _prepare(parameters_by_name, patterns), _users(model))
 
 
+Users = dict[nn.Parameter, list[tuple[nn.Module, str]]]  # who holds a parameter, and its name there
 Prepared = list[tuple[str, Pattern, nn.Parameter, Tensor]]  # name, pattern on the weight's device, leaf, base
 
 
@@ -176,10 +198,10 @@ def _prepare(known: dict[str, nn.Parameter], patterns: dict[str, Pattern]) -> Pr
     return [(name, pattern, *leaf_of(known[name], pattern)) for name, pattern in there.items()]
 
 
-def _attach_all(model: nn.Module, prepared: Prepared, uses: dict[nn.Parameter, int]) -> None:
+def _attach_all(model: nn.Module, prepared: Prepared, users: Users) -> None:
     for name, pattern, values, base in prepared:
         module_name, _, leaf = name.rpartition(".")
-        _attach(model.get_submodule(module_name), leaf, pattern, values, base, uses)
+        _attach(model.get_submodule(module_name), leaf, pattern, values, base, users)
     share_inputs(model)
     # DistributedDataParallel: patterns are equal on all ranks, and int16 cannot be broadcast
     ours = {id(tensor) for chosen in selected(model).values() for tensor in (*chosen.pattern.layout[:4], chosen.base)}
@@ -198,11 +220,12 @@ def exchange_entries_(
         left: as in `Selected`.
     """
     module, name = chosen.values._sparseft_owner
-    for tensor in TENSORS:
-        setattr(module, _stem(name) + tensor, getattr(pattern, tensor))
+    for holder in (module, *module._sparseft[name]["tied"]):
+        for tensor in TENSORS:
+            setattr(holder, _stem(name) + tensor, getattr(pattern, tensor))
+        if isinstance(holder, _Swapped) and name == "weight":
+            holder._tile = pattern.tile
     setattr(module, _stem(name) + "base", base)
-    if isinstance(module, _Sparse) and name == "weight":
-        module._tile = pattern.tile
     module._sparseft[name] |= {"tile": pattern.tile, "left": left}
     leaf = chosen.values
     leaf.grad = None
@@ -224,7 +247,7 @@ def keep_left_(chosen: Selected, left: tuple[Tensor, Tensor] | None) -> None:
 def computing_densely(model: nn.Module) -> Iterator[None]:
     """Inside, weights can get dense gradients: sparse layers compute as plain ones, and no gradient is gathered."""
     selected(model)  # mends what a copy lost
-    sparse = [(module, type(module)) for module in plain(model).modules() if isinstance(module, _Sparse)]
+    sparse = [(module, type(module)) for module in plain(model).modules() if isinstance(module, _Swapped)]
     gathers = [hook for p in model.parameters() for hook in (p._post_accumulate_grad_hooks or {}).values()
                if isinstance(hook, _Gather)]  # fmt: skip
     try:
@@ -245,7 +268,8 @@ def densify(model: nn.Module) -> nn.Module:
     wrapped, model = model, plain(model)
     for module, name, _ in list(_walk(model)):
         chosen = _describe(module, name)
-        for handle in module._sparseft.pop(name)["handles"]:
+        about = module._sparseft.pop(name)
+        for handle in about["handles"]:
             handle.remove()
         for key in _gather_hooks(chosen.weight):
             del chosen.weight._post_accumulate_grad_hooks[key]
@@ -255,13 +279,22 @@ def densify(model: nn.Module) -> nn.Module:
             delattr(module, stem + attribute)
         if not module._sparseft:
             del module._sparseft
-        if isinstance(module, _Sparse):
-            module.__class__ = module.plain
-            del module._tile, module._input
+        if isinstance(module, _Swapped):
+            _unswap(module)
+        for head in about["tied"]:
+            for attribute in (*TENSORS, "values"):
+                delattr(head, attribute)
+            _unswap(head)
     model.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
     for name, flag in model.__dict__.pop("_sparseft_flags", {}).items():
         model.get_parameter(name).requires_grad_(flag)
     return wrapped
+
+
+def _unswap(module: _Swapped) -> None:
+    module.__class__ = module.plain
+    for attribute in ("_tile", "_input"):
+        module.__dict__.pop(attribute, None)
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -342,14 +375,14 @@ def _stem(name: str) -> str:
     return "" if name == "weight" else f"{name}_"
 
 
-def _uses(model: nn.Module) -> dict[nn.Parameter, int]:
-    """How many modules hold each parameter (tied weights: several)."""
-    count: dict[nn.Parameter, int] = {}
+def _users(model: nn.Module) -> Users:
+    """The modules that hold each parameter, and its name there (tied weights: several)."""
+    users: Users = {}
     for module in model.modules():
-        for parameter in module._parameters.values():
+        for name, parameter in module._parameters.items():
             if parameter is not None:
-                count[parameter] = count.get(parameter, 0) + 1
-    return count
+                users.setdefault(parameter, []).append((module, name))
+    return users
 
 
 def _check(model: nn.Module, patterns: dict[str, Pattern], known: dict[str, nn.Parameter]) -> None:
@@ -392,7 +425,7 @@ def check_pattern(model: nn.Module, name: str, pattern: Pattern, known: dict[str
 
 
 def _attach(
-    module: nn.Module, name: str, pattern: Pattern, values: nn.Parameter, base: Tensor, uses: dict[nn.Parameter, int]
+    module: nn.Module, name: str, pattern: Pattern, values: nn.Parameter, base: Tensor, users: Users
 ) -> None:
     weight, stem = getattr(module, name), _stem(name)
     for tensor in TENSORS:
@@ -401,9 +434,10 @@ def _attach(
     module.register_parameter(stem + "values", values)
     if not hasattr(module, "_sparseft"):
         module._sparseft = {}
-    sparse_class = _sparse_class(module) if name == "weight" and uses[weight] == 1 else None
+    others = [user for user in users[weight] if user != (module, name)]
+    sparse_class, tied = _sparse_class(module, name, pattern, others)
     if sparse_class is not None:
-        module.__class__, module._tile, module._input = sparse_class, pattern.tile, SharedInput([module])
+        _swap(module, sparse_class, pattern.tile)
     else:
         weight.requires_grad_(True)
     handles = [  # partials of plain functions: a sparsified model can be pickled
@@ -411,22 +445,57 @@ def _attach(
         module.register_load_state_dict_pre_hook(partial(_not_missing, stem + "values")),
         module.register_load_state_dict_post_hook(partial(_refresh, name)),
     ]
+    for head in tied:
+        handles += _attach_tied(head, pattern, values)
     if sparse_class is None:  # a copy's parameters have lost their hooks, its modules have not
         handles.append(module.register_forward_pre_hook(partial(_bind_again, name)))
-    module._sparseft[name] = {"tile": pattern.tile, "left": None, "handles": handles}
+    module._sparseft[name] = {"tile": pattern.tile, "left": None, "handles": handles, "tied": tied}
     bind(module, name)
     _install_write_back()
 
 
-def _sparse_class(module: nn.Module) -> type | None:
-    """The sparse counterpart of exactly this class, None if it has none (subclasses may compute otherwise)."""
+def _attach_tied(head: nn.Module, pattern: Pattern, values: nn.Parameter) -> list[Any]:
+    """Let a linear layer that has an embedding's weight share its leaf and pattern; the handles of its hooks."""
+    for tensor in TENSORS:
+        head.register_buffer(tensor, getattr(pattern, tensor), persistent=False)
+    head.register_parameter("values", values)
+    _swap(head, SparseLinear, pattern.tile)
+    return [
+        head.register_state_dict_post_hook(partial(_leave_out, "values")),
+        head.register_load_state_dict_pre_hook(partial(_not_missing, "values")),
+    ]
+
+
+def _swap(module: nn.Module, sparse_class: type, tile: tuple[int, int]) -> None:
+    module.__class__, module._tile = sparse_class, tile
+    if issubclass(sparse_class, _Sparse):
+        module._input = SharedInput([module])
+
+
+def _sparse_class(
+    module: nn.Module, name: str, pattern: Pattern, others: list[tuple[nn.Module, str]]
+) -> tuple[type | None, list[nn.Module]]:
+    """The sparse counterpart of exactly this class, None if it has none (subclasses may compute otherwise); and the
+    linear layers that share the weight of an embedding."""
+    if name != "weight":
+        return None, []
+    heads = [other for other, its_name in others if type(other) is nn.Linear and its_name == "weight"]
+    if trains_by_rows(module, pattern) and len(heads) == len(others) and not any(map(_has_attributes, heads)):
+        return SparseEmbedding, heads
+    if others:
+        return None, []
     if type(module) is nn.Linear:
-        return SparseLinear
+        return SparseLinear, []
     if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
         from sparseft.conv1d import SparseConv1D  # here: `import sparseft` does not need transformers
 
-        return SparseConv1D
-    return None
+        return SparseConv1D, []
+    return None, []
+
+
+def _has_attributes(module: nn.Module) -> bool:
+    """Whether attributes of a sparse layer's names are taken."""
+    return any(hasattr(module, attribute) for attribute in (*TENSORS, "values"))
 
 
 class _Gather:

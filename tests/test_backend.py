@@ -1,5 +1,6 @@
 """The choice of implementation: forcing, reasons, the report, and an import that needs nothing but torch."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -75,6 +76,39 @@ def test_forced_nests_and_ends_with_an_error():
             raise KeyError
         assert serving()[OPERATION] == "reference"
     assert serving()[OPERATION] == "cpu"
+
+
+@pytest.fixture
+def cuda_kernels(monkeypatch):
+    """As if _C_cuda.so had been built and loaded: a kernel of every operation, registered under the CUDA key."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    monkeypatch.delitem(backend._missing, "cuda", raising=False)
+    with torch.library._scoped_library("sparseft_cuda", "IMPL") as library:
+        for operation in backend.OPERATIONS:
+            if not has(f"sparseft_cuda::{operation}", "CUDA"):
+                library.impl(operation, lambda *args: None, "CUDA")
+        yield
+
+
+@pytest.mark.parametrize("operation", backend.OPERATIONS)
+def test_cuda_tensors_get_cuda_then_triton_then_the_reference(cuda_kernels, monkeypatch, operation):
+    pytest.importorskip("triton")
+    triton = getattr(importlib.import_module(f"sparseft.kernels.{operation.rstrip('_')}"), operation)
+    by_name = {
+        "cuda": getattr(torch.ops.sparseft_cuda, operation).default,
+        "triton": triton,
+        "reference": getattr(sparseft.reference, operation),
+    }
+    for name in by_name:
+        with backend.forced(name):
+            assert backend.kernel(operation, "cuda") is by_name[name]
+            assert backend.backends()[operation]["cuda"]["serves"] == name
+    for name, function in by_name.items():  # what is not there leaves the call to the next one
+        assert backend.kernel(operation, "cuda") is function
+        assert backend.backends()[operation]["cuda"]["serves"] == name
+        if name != "reference":
+            monkeypatch.setitem(backend._missing, name, "taken away")
+    assert backend.backends()[operation]["cuda"]["triton"] == "taken away"
 
 
 def test_a_failed_force_changes_nothing():

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.pattern import matrix_shape
-from sparseft.selection import CRITERIA, Criterion, eligible, gallop, losia, lottery, select
+from sparseft.selection import CRITERIA, Criterion, eligible, gallop, losia, lottery
+from tests.tiny import select_entries as select
 
 from .test_selection import (
     MODELS,

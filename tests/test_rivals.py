@@ -25,7 +25,7 @@ import sparseft
 from sparseft import Pattern, SparseAdamW, parameters, sparsify
 from sparseft.delta import Delta
 from sparseft.layers import selected
-from sparseft.selection import select
+from tests.tiny import select_entries as select
 
 
 def linear(n: int, m: int, dtype: torch.dtype = torch.float32) -> nn.Sequential:

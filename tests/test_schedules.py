@@ -18,7 +18,6 @@ from sparseft import (
     SparseAdamW,
     densify,
     patterns,
-    select,
     sparsify,
 )
 from sparseft.layers import selected
@@ -27,6 +26,7 @@ from sparseft.selection.growth import _Growth, drop_and_grow
 
 from . import tiny
 from .mixed import Mixed, batches, bits, loss_of, make, masks_for, patterns_from, same, train
+from .tiny import select_entries as select
 
 TILE = (4, 8)
 

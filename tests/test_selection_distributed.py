@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparseft.selection import select
+from tests.tiny import select_entries as select
 
 CRITERIA = ("grad", "fisher", "fisher-token", "taylor", "wanda", "random", "losia", "spiel-ma", "lottery")
 ADDITIVE = ("grad", "fisher", "fisher-token", "taylor", "wanda", "random")  # the state over ranks is that over batches

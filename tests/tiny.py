@@ -1,5 +1,6 @@
 """A tokenizer with one token per character, and language models with a few thousand random weights."""
 
+import functools
 import json
 import string
 from collections.abc import Sequence
@@ -8,6 +9,11 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sparseft.selection import select
+
+# what the criterion chooses, and nothing on top, from one budget
+select_entries = functools.partial(select, allocation="global", train_norms=False, train_targets=False)
 
 EOS, USER, ASSISTANT, SYSTEM = "<eos>", "<user>", "<assistant>", "<system>"
 CHAT = (

@@ -24,6 +24,7 @@ from sparseft.selection.lift import lift
 from sparseft.selection.rows import RowBudget
 from sparseft.selection.scoring import AnyBudget, Scoring, within
 from sparseft.selection.structured import BlockBudget, ChannelBudget, Couple, SubnetBudget, couples
+from sparseft.selection.targets import SHARE, Targets, output_embedding
 from sparseft.selection.topk import StreamingTopK
 from sparseft.selection.twice import TwiceBudget
 from sparseft.selection.weights import eligible, vectors
@@ -57,14 +58,15 @@ def select(
     criterion: str | Criterion | Callable[[str, Tensor, Tensor], Tensor] = "grad",
     tile: tuple[int, int] = (64, 64),
     tile_budget: float = 0.1,
-    allocation: str | Allocation = "global",
+    allocation: str | Allocation = "layer",
     structure: str | None = None,
     k: int | None = None,
     memory: int | None = None,
     group: dist.ProcessGroup | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
-    train_norms: bool = False,
+    train_norms: bool = True,
+    train_targets: bool | None = None,
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     seed: int = 0,
 ) -> dict[str, Pattern]:
@@ -111,6 +113,10 @@ def select(
         include, exclude: see `eligible`.
         train_norms: also select every entry of the norm and bias vectors (those that `exclude` leaves), on top of
             what `density` gives: a fraction of a per mille of most models' weights.
+        train_targets: also select, on top, the rows of the output embedding of the most frequent tokens among the
+            batches' "labels", at most a tenth as many entries as otherwise: they are what says these words, and no
+            change of the layers learns it as fast (docs/quality.md). None: where there are labels and the model has
+            such an embedding.
         loss_fn: (model, batch) -> scalar loss.
         seed: for random scores, and for dropout during the backward passes.
 
@@ -126,6 +132,8 @@ def select(
     shape = rule.structure if structure is None else structure
     _check(density, k, tile, tile_budget, _allocation(allocation), shape)
     _check_batches(rule, batches, memory)
+    targets = _targets(model, batches, train_targets)
+    batches = batches if targets is None else targets[1]
     weights = eligible(model, include, exclude)
     if not weights:
         raise ValueError(f"include={include!r} and exclude={exclude!r} leave no weight to select from")
@@ -166,12 +174,35 @@ def select(
     if not patterns:
         raise ValueError(f"density {density} selects nothing: it is less than half of one of the {structure}")
     _report(patterns, set(budgets.values()))
+    entries = sum(map(len, patterns.values()))
     if train_norms:
         patterns |= {
             name: _whole(vector, tile) for name, vector in vectors(model, exclude).items() if name not in patterns
         }
-        patterns = {name: patterns[name] for name, _ in model.named_parameters() if name in patterns}
-    return patterns
+    if targets is not None:
+        patterns |= _target_rows(*targets, patterns, int(SHARE * entries), tile, group, asked_for=bool(train_targets))
+    return {name: patterns[name] for name, _ in model.named_parameters() if name in patterns}
+
+
+def _targets(model: nn.Module, batches: Any, wanted: bool | None) -> tuple[str, Targets] | None:
+    """The output embedding's name, and the batches as ones that count; None where no rows shall be or can be chosen."""
+    found = None if wanted is False else output_embedding(model)
+    if wanted and found is None:
+        raise ValueError(f"train_targets: {type(model).__name__} has no get_output_embeddings() with a weight")
+    if wanted and batches is None:
+        raise ValueError("train_targets: batches must be given, the rows are those of their labels")
+    return None if found is None or batches is None else (found[0], Targets(batches, found[1]))
+
+
+def _target_rows(name: str, targets: Targets, patterns: dict[str, Pattern], entries: int, tile: tuple[int, int],
+                 group: dist.ProcessGroup | None, asked_for: bool) -> dict[str, Pattern]:  # fmt: skip
+    targets.read()
+    if group is not None:
+        targets.add_up(group)
+    if asked_for and not targets.counts.any():
+        raise ValueError('train_targets: the batches hold no "labels" that are tokens of the vocabulary')
+    rows = None if name in patterns else targets.pattern(entries, tile)
+    return {} if rows is None else {name: rows}
 
 
 def _whole(weight: Tensor, tile: tuple[int, int]) -> Pattern:

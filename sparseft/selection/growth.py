@@ -30,8 +30,8 @@ def drop_and_grow(
     are dropped, and as many are grown among all that do not train then, dropped ones included, by the largest |gradient
     summed over the batches|. One batch is RigL's rule (Evci et al., 2020) on the change, several are SpIEL-AG's
     (Ansell et al., 2024): the gradient is summed at k candidates, those with the largest gradient of the first batch.
-    Ties go to the earlier entry. Weights that train whole, or not at all, are left alone, and so is a weight that no
-    batch reaches.
+    Ties go to the earlier entry. Weights that train whole, or whole rows, or not at all, are left alone, and so is a
+    weight that no batch reaches.
 
     Memory besides the model and its activations: one weight's dense gradient at a time, and O(k).
 
@@ -59,7 +59,7 @@ def drop_and_grow(
     growths = {}
     for name, chosen in now.items():
         moving = int(fraction * len(chosen.pattern))
-        if moving and len(chosen.pattern) < chosen.weight.numel():
+        if moving and not _whole_rows(chosen.pattern):
             growths[name] = _Growth(chosen, moving, tiles)
     if growths:
         run = Backward(plain(model), {name: now[name].weight for name in growths}, loss_fn)
@@ -67,6 +67,11 @@ def drop_and_grow(
             for number, batch in enumerate(batches):
                 run(number, batch, lambda name, gradient: growths[name].add(gradient))
     return {name: growths[name].pattern() if name in growths else chosen.pattern for name, chosen in now.items()}
+
+
+def _whole_rows(pattern: Pattern) -> bool:
+    """Whether rows train whole, as vectors and the rows of target tokens do."""
+    return len(pattern) == len(pattern.rows) * pattern.shape[1]
 
 
 class _Growth:

@@ -4,31 +4,55 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparseft.pattern import Pattern
 
 IGNORED = -100  # PyTorch's label of a token without a loss
+SHARE = 0.1  # of the entries chosen otherwise: what the rows may have at most
 
 
 class Targets:
-    """Counts the target tokens of batches on their way to somebody else.
+    """Batches that count their target tokens the first time that they are read.
 
     Args:
+        batches: mappings; those without "labels" count nothing.
         head: the weight of the output embedding, [vocabulary, hidden].
     """
 
-    def __init__(self, head: Tensor):
-        self._head = head
+    def __init__(self, batches: Iterable[Any], head: Tensor):
+        self._batches, self._head = batches, head
+        self._counted = False
         self.counts = torch.zeros(head.shape[0], dtype=torch.int64)
 
-    def counted(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The same batches, one by one; those without "labels" count nothing."""
-        for batch in batches:
-            if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor):
-                labels = batch["labels"].reshape(-1).cpu()
-                self.counts += torch.bincount(labels[labels != IGNORED], minlength=len(self.counts))
+    def __len__(self) -> int:
+        return len(self._batches)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        counting, self._counted = not self._counted, True
+        for batch in self._batches:
+            if counting and isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor):
+                self._count(batch["labels"].reshape(-1).cpu())
             yield batch
+
+    def read(self) -> None:
+        """Count now, if nobody has read the batches: a criterion that needs no data."""
+        if not self._counted:
+            for _ in self:
+                pass
+
+    def _count(self, labels: Tensor) -> None:
+        labels = labels[labels != IGNORED]
+        if labels.is_floating_point() or (len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.counts)):
+            return  # not tokens: the classes of another head
+        self.counts += torch.bincount(labels, minlength=len(self.counts))
+
+    def add_up(self, group: dist.ProcessGroup) -> None:
+        """Counts over all processes, on all of them."""
+        counts = self.counts.to(self._head.device)
+        dist.all_reduce(counts, group=group)
+        self.counts = counts.cpu()
 
     def rows(self, entries: int) -> Tensor:
         """int64, ascending: the most frequent targets, as many as `entries` has room for at a row each.
