@@ -323,7 +323,7 @@ def _expect_number(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], lik
 
 
 def _expect_layout(layout: Layout, like: Tensor) -> None:
-    """Dtypes, contiguity and device. That indices are in bounds is for `Pattern.validate` (the C++ kernels check it)."""
+    """Dtypes, contiguity and device. That indices are in bounds is for `Pattern.validate` (the C++ kernels check)."""
     for name, tensor, dtype in (
         ("rows", layout.rows, torch.int32),
         ("cols", layout.cols, torch.int32),
