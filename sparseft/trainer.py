@@ -2,7 +2,7 @@
 
 import itertools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -145,7 +145,7 @@ class SparseTrainer(Trainer):
         try:
             self.model.train()
             with seeded(self.model, self.sparse.seed):
-                for batch in self.scoring_batches(steps):
+                for batch in itertools.islice(self._endless_batches(steps), steps):
                     with self.compute_loss_context_manager():
                         loss = self.compute_loss(self.model, batch)
                     loss.backward()
@@ -159,8 +159,7 @@ class SparseTrainer(Trainer):
 
     def scoring_batches(self, count: int, order: int = 0) -> list[Any]:
         """Training batches to score entries on, on the model's device: the first `count` of the epoch with number
-        `order` (and of those after it, where it has not so many); the same whenever they are asked for."""
-        batches: list[Any] = []
+        `order`, or all that it has; the same whenever they are asked for."""
         with torch.random.fork_rng(devices=[]):
             if self._scoring_loader is None:
                 torch.manual_seed(self.args.seed)  # a shuffling sampler notes the seed at its birth
@@ -168,16 +167,18 @@ class SparseTrainer(Trainer):
                 # accelerate's wrapper notes where training stands
                 self._scoring_loader = getattr(loader, "base_dataloader", loader)
             sampler: Any = getattr(getattr(self._scoring_loader, "batch_sampler", None), "sampler", None)
-            while len(batches) < count:
-                torch.manual_seed(self.sparse.seed + order)
-                if hasattr(sampler, "set_epoch"):
-                    sampler.set_epoch(order)
-                before = len(batches)
-                batches += itertools.islice(self._scoring_loader, count - before)
-                if len(batches) == before:
-                    raise ValueError("train_dataset holds no batch")
-                order += 1
-        return [self._prepare_inputs(batch) for batch in batches]
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(order)
+            torch.manual_seed(self.sparse.seed + order)
+            return [self._prepare_inputs(batch) for batch in itertools.islice(self._scoring_loader, count)]
+
+    def _endless_batches(self, count: int) -> Iterator[Any]:
+        """At most `count` batches of one epoch after the other."""
+        for order in itertools.count():
+            batches = self.scoring_batches(count, order)
+            if not batches:
+                raise ValueError("train_dataset holds no batch")
+            yield from batches
 
     def _expect_one_process(self) -> None:
         if self.args.world_size > 1:
