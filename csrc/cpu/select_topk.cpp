@@ -169,9 +169,16 @@ class Scores {
     for (int64_t part = parts - 1; part >= 0; --part) {
       const auto& inside = found[part].inside;
       const int64_t *from = next[part], *first = from - found[part].above;
-      for (auto one = inside.rbegin(); one != inside.rend(); *--to = (one++)->position)
-        while (from != first && from[-1] > one->position) *--to = *--from;
-      while (from != first) *--to = *--from;
+      const auto move = [&](const int64_t* begin) {
+        to -= from - begin;
+        std::memmove(to, begin, (from - begin) * sizeof(int64_t));
+        from = begin;
+      };
+      for (auto one = inside.rbegin(); one != inside.rend(); ++one) {
+        move(std::upper_bound(first, from, one->position));
+        *--to = one->position;
+      }
+      move(first);
     }
   }
 
