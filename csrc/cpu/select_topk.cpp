@@ -1,13 +1,20 @@
 // select_topk: the exact k largest magnitudes of a virtual concatenation, by radix selection.
 //
-// The bits of |x| order like |x|. A histogram of their upper 15 finds the bin of the k-th largest; histograms of the
-// next 16 bits inside that bin refine it until the threshold is known exactly. Then each part of the positions counts
-// what it keeps, and writes it where it belongs: ascending, ties to the lower position. The scores are only read; the
-// memory is one histogram per part and the result.
+// The bits of |x| order like |x|. A sample gives a bound that a little more than k keys reach: only these are looked at
+// closely. Their histogram finds the bin of the k-th largest, and if that bin holds many, its own histogram the key
+// itself. A second pass writes the positions above the bin, and puts aside the few inside it, of which the largest are
+// then merged in: ascending, ties to the lower position. The scores are read twice; besides the result, the memory is a
+// histogram per part and what was put aside.
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+#endif
 
 #include "worklist.h"
 
@@ -36,6 +43,7 @@ SPARSEFT_INLINE uint64_t magnitude(double x) {
 // The two scores, as bits that order like them.
 template <typename T>
 struct Abs {
+  static constexpr bool kOne = true;  // one score, not the product of two
   using Bits = decltype(magnitude(T()));
   SPARSEFT_INLINE Bits operator[](int64_t i) const { return magnitude(score[i]); }
   Abs operator+(int64_t i) const { return {score + i}; }
@@ -44,6 +52,7 @@ struct Abs {
 
 template <typename T>
 struct Product {
+  static constexpr bool kOne = false;
   using Bits = decltype(magnitude(Wide<T>()));
   SPARSEFT_INLINE Bits operator[](int64_t i) const {
     return magnitude(static_cast<Wide<T>>(score[i]) * static_cast<Wide<T>>(other[i]));
@@ -53,57 +62,71 @@ struct Product {
   const T* other;
 };
 
-// Calls f(i, bits) for all keys in [low, high], in order. Whole groups without any are passed over.
+// Calls f(i, bits) for all keys of at least `low`, in order. Most are smaller: groups without any are passed over.
 template <typename Key, typename F>
-SPARSEFT_INLINE void for_each_between(const Key& key, int64_t size, typename Key::Bits low, typename Key::Bits high,
-                                      const F& f) {
-  using Bits = typename Key::Bits;
+SPARSEFT_CLONES void each_at_least_of_any(const Key& key, int64_t size, typename Key::Bits low, const F& f) {
   constexpr int64_t group = 64;
-  const Bits span = high - low;
   for (int64_t first = 0; first < size; first += group) {
     const int64_t last = std::min(first + group, size);
     bool any = false;
-    for (int64_t i = first; i < last; ++i) any |= static_cast<Bits>(key[i] - low) <= span;
+    for (int64_t i = first; i < last; ++i) any |= key[i] >= low;
     if (!any) continue;
     for (int64_t i = first; i < last; ++i)
-      if (static_cast<Bits>(key[i] - low) <= span) f(i, key[i]);
+      if (key[i] >= low) f(i, key[i]);
   }
 }
 
-template <typename Key>
-SPARSEFT_CLONES void add_histogram(const Key& key, int64_t size, int shift, uint32_t* counts) {
-  for (int64_t i = 0; i < size; ++i) ++counts[key[i] >> shift];
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define SPARSEFT_AVX512 __attribute__((target("arch=x86-64-v4")))
+
+bool has_avx512() {
+  static const bool has = __builtin_cpu_supports("x86-64-v4");
+  return has;
 }
 
-template <typename Key, typename Bits = typename Key::Bits>
-SPARSEFT_CLONES void add_histogram_between(const Key& key, int64_t size, int shift, Bits low, Bits high,
-                                           uint32_t* counts) {
-  for_each_between(key, size, low, high, [&](int64_t, Bits bits) { ++counts[bits >> shift & (kBins - 1)]; });
-}
-
-struct Kept {
-  int64_t above = 0;  // keys above the threshold
-  int64_t equal = 0;  // keys equal to it
-};
-
-template <typename Key, typename Bits = typename Key::Bits>
-SPARSEFT_CLONES Kept count_kept(const Key& key, int64_t size, Bits threshold) {
-  Kept kept;
-  for (int64_t i = 0; i < size; ++i) {
-    kept.above += key[i] > threshold;
-    kept.equal += key[i] == threshold;
+// Bit j: the magnitude of element j of the 64 at `from` is at least `low`.
+SPARSEFT_AVX512 inline uint64_t which(const float* from, uint32_t low) {
+  const __m512i magnitudes = _mm512_set1_epi32(0x7fffffff), bound = _mm512_set1_epi32(static_cast<int>(low));
+  uint64_t found = 0;
+  for (int part = 0; part < 4; ++part) {
+    const __m512i bits = _mm512_and_si512(_mm512_loadu_si512(from + 16 * part), magnitudes);
+    found |= static_cast<uint64_t>(_mm512_cmpge_epu32_mask(bits, bound)) << 16 * part;
   }
-  return kept;
+  return found;
+}
+template <typename T, typename = std::enable_if_t<sizeof(T) == 2>>
+SPARSEFT_AVX512 inline uint64_t which(const T* from, uint16_t low) {
+  const __m512i magnitudes = _mm512_set1_epi16(0x7fff), bound = _mm512_set1_epi16(static_cast<short>(low));
+  uint64_t found = 0;
+  for (int part = 0; part < 2; ++part) {
+    const __m512i bits = _mm512_and_si512(_mm512_loadu_si512(from + 32 * part), magnitudes);
+    found |= static_cast<uint64_t>(_mm512_cmpge_epu16_mask(bits, bound)) << 32 * part;
+  }
+  return found;
 }
 
-// Writes base + i for every key above the threshold and for the first `ties` equal to it; returns the end.
-template <typename Key, typename Bits = typename Key::Bits>
-SPARSEFT_CLONES int64_t* collect(const Key& key, int64_t size, Bits threshold, int64_t base, int64_t& ties,
-                                 int64_t* out) {
-  for_each_between(key, size, threshold, std::numeric_limits<Bits>::max(), [&](int64_t i, Bits bits) {
-    if (bits > threshold || ties-- > 0) *out++ = base + i;
-  });
-  return out;
+template <typename T, typename F>
+SPARSEFT_AVX512 void each_at_least_avx512(const Abs<T>& key, int64_t size, typename Abs<T>::Bits low, const F& f) {
+  const int64_t whole = size / 64 * 64;
+  for (int64_t first = 0; first < whole; first += 64)
+    for (uint64_t found = which(key.score + first, low); found; found &= found - 1) {
+      const int64_t i = first + __builtin_ctzll(found);
+      f(i, key[i]);
+    }
+  for (int64_t i = whole; i < size; ++i)
+    if (key[i] >= low) f(i, key[i]);
+}
+
+#endif
+
+template <typename Key, typename F>
+void each_at_least(const Key& key, int64_t size, typename Key::Bits low, const F& f) {
+#ifdef SPARSEFT_AVX512
+  if constexpr (Key::kOne && sizeof(typename Key::Bits) < 8) {
+    if (has_avx512()) return each_at_least_avx512(key, size, low, f);
+  }
+#endif
+  each_at_least_of_any(key, size, low, f);
 }
 
 // The concatenation, cut into parts for the threads.
@@ -120,25 +143,43 @@ class Scores {
   // Ascending positions of the k largest; 0 < k <= size.
   void select(int64_t k, int64_t* out) const {
     const int64_t parts = std::max(std::min<int64_t>(torch::stable::get_num_threads(), size_ >> 16), (size_ >> 31) + 1);
-    const auto [threshold, ties] = find_threshold(k, parts);
-    std::vector<Kept> kept(parts);
-    for_each_piece(parts, [&, t = threshold](int64_t part, const Key& key, int64_t size, int64_t) {
-      const Kept more = count_kept(key, size, t);
-      kept[part].above += more.above;
-      kept[part].equal += more.equal;
-    });
+    std::vector<Part> found(parts);
+    const Bin bin = find_bin(k, found);
     std::vector<int64_t*> next(parts);
-    std::vector<int64_t> ties_of(parts);
-    int64_t left = ties;
+    int64_t* start = out;
     for (int64_t part = 0; part < parts; ++part) {
-      ties_of[part] = std::min(left, kept[part].equal);
-      left -= ties_of[part];
-      next[part] = out;
-      out += kept[part].above + ties_of[part];
+      next[part] = start;
+      start += found[part].above + found[part].ties;
     }
-    for_each_piece(parts, [&, t = threshold](int64_t part, const Key& key, int64_t size, int64_t base) {
-      next[part] = collect(key, size, t, base, ties_of[part], next[part]);
+    for_each_piece(parts, [&](int64_t part, const Key& key, int64_t size, int64_t base) {
+      int64_t *to = next[part], ties = found[part].ties;
+      each_at_least(key, size, bin.low, [&](int64_t i, Bits bits) {
+        if (bits > bin.high || ties-- > 0)
+          *to++ = base + i;
+        else if (bin.low < bin.high)
+          found[part].inside.push_back({bits, base + i});
+      });
+      next[part] = to;
+      found[part].ties = std::max<int64_t>(ties, 0);
     });
+    if (bin.low == bin.high) return;
+    keep_largest(found, bin.wanted);
+    // From the end on: nothing is written before what is still to be read.
+    int64_t* to = out + k;
+    for (int64_t part = parts - 1; part >= 0; --part) {
+      const auto& inside = found[part].inside;
+      const int64_t *from = next[part], *first = from - found[part].above;
+      const auto move = [&](const int64_t* begin) {
+        to -= from - begin;
+        std::memmove(to, begin, (from - begin) * sizeof(int64_t));
+        from = begin;
+      };
+      for (auto one = inside.rbegin(); one != inside.rend(); ++one) {
+        move(std::upper_bound(first, from, one->position));
+        *--to = one->position;
+      }
+      move(first);
+    }
   }
 
  private:
@@ -148,35 +189,108 @@ class Scores {
     int64_t end;
   };
 
-  struct Threshold {
-    Bits bits;     // the k-th largest key
-    int64_t ties;  // how many keys equal to it belong to the result
+  struct Candidate {
+    Bits bits;
+    int64_t position;
   };
 
-  Threshold find_threshold(int64_t k, int64_t parts) const {
-    constexpr int top = 8 * sizeof(Bits) - 16;
-    uint64_t prefix = 0;
-    for (int shift = top; shift >= 0; shift -= 16) {
-      // 32 bits hold a part's counts: a part has at most 2^31 positions.
-      std::vector<std::vector<uint32_t>> counts(parts, std::vector<uint32_t>(kBins));
-      for_each_piece(parts, [&](int64_t part, const Key& key, int64_t size, int64_t) {
-        if (shift == top) {
-          add_histogram(key, size, shift, counts[part].data());
-        } else {
-          const uint64_t low = prefix << shift << 16, high = low + ((uint64_t{1} << shift << 16) - 1);
-          add_histogram_between(key, size, shift, static_cast<Bits>(low), static_cast<Bits>(high), counts[part].data());
-        }
-      });
-      int64_t bin = kBins;
-      for (int64_t here = 0;; k -= here) {
-        here = 0;
-        --bin;
-        for (const auto& count : counts) here += count[bin];
-        if (here >= k) break;
-      }
-      prefix = prefix << 16 | static_cast<uint64_t>(bin);
+  // What a part holds above and inside the bin; its positions are before those of the next.
+  struct Part {
+    int64_t above = 0;
+    int64_t ties = 0;  // where the bin is a single key: how many of its own belong to the result
+    std::vector<Candidate> inside;
+  };
+
+  // The keys in [low, high]; `wanted` of them belong to the result, with all that are larger.
+  struct Bin {
+    Bits low;
+    Bits high;
+    int64_t wanted;
+  };
+
+  // A key that probably a few more than k keys reach, from a sample; 0 if there are few keys.
+  Bits bound(int64_t k) const {
+    constexpr int64_t count = 1 << 15;
+    if (size_ < 8 * count) return 0;
+    const double share = static_cast<double>(k) / size_ * count;
+    const int64_t rank = static_cast<int64_t>(share + 5 * std::sqrt(share)) + 8;
+    if (rank >= count) return 0;
+    std::vector<Bits> sample;
+    uint64_t random = 0x9e3779b97f4a7c15;
+    size_t segment = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      random ^= random << 13, random ^= random >> 7, random ^= random << 17;
+      const int64_t stride = size_ / count, position = i * stride + static_cast<int64_t>(random % stride);
+      while (position >= segments_[segment].end) ++segment;
+      sample.push_back(segments_[segment].key[position - segments_[segment].begin]);
     }
-    return {static_cast<Bits>(prefix), k};
+    std::nth_element(sample.begin(), sample.begin() + rank, sample.end(), std::greater<Bits>());
+    return sample[rank];
+  }
+
+  // The bin of the k-th largest key: few keys, or a single one. Counts what each part has above it.
+  Bin find_bin(int64_t k, std::vector<Part>& found) const {
+    constexpr int64_t few = 1 << 15;
+    const Bits most = std::numeric_limits<Bits>::max() >> 1;
+    Bin bin{bound(k), most, k};
+    while (true) {
+      int shift = 0;
+      while ((bin.high - bin.low) >> shift >= kBins) ++shift;
+      // 32 bits hold a part's counts: a part has at most 2^31 positions.
+      std::vector<std::vector<uint32_t>> counts(found.size(), std::vector<uint32_t>(kBins));
+      for_each_piece(static_cast<int64_t>(found.size()), [&](int64_t part, const Key& key, int64_t size, int64_t) {
+        uint32_t* count = counts[part].data();
+        each_at_least(key, size, bin.low, [&](int64_t, Bits bits) {
+          if (bits <= bin.high) ++count[(bits - bin.low) >> shift];
+        });
+      });
+      int64_t here = 0, number = kBins;
+      for (int64_t left = bin.wanted; left > 0;) {
+        if (--number < 0) break;
+        here = 0;
+        for (const auto& count : counts) here += count[number];
+        if (here < left)
+          for (size_t part = 0; part < found.size(); ++part) found[part].above += counts[part][number];
+        else
+          bin.wanted = left;
+        left -= here;
+      }
+      if (number < 0) {  // the sample's bound was too high
+        for (Part& part : found) part.above = 0;
+        bin = {0, most, k};
+        continue;
+      }
+      const uint64_t low = bin.low + (static_cast<uint64_t>(number) << shift);
+      bin.high = static_cast<Bits>(std::min<uint64_t>(bin.high, low + (uint64_t{1} << shift) - 1));
+      bin.low = static_cast<Bits>(low);
+      if (bin.low == bin.high) {
+        int64_t left = bin.wanted;
+        for (size_t part = 0; part < found.size(); ++part) {
+          found[part].ties = std::min<int64_t>(left, counts[part][number]);
+          left -= found[part].ties;
+        }
+      }
+      if (here <= few || bin.low == bin.high) return bin;
+    }
+  }
+
+  // Leaves the `wanted` largest inside the parts, the lower positions of equal ones.
+  static void keep_largest(std::vector<Part>& found, int64_t wanted) {
+    std::vector<Bits> keys;
+    for (const Part& part : found)
+      for (const Candidate& one : part.inside) keys.push_back(one.bits);
+    std::nth_element(keys.begin(), keys.begin() + (wanted - 1), keys.end(), std::greater<Bits>());
+    const Bits threshold = keys[wanted - 1];
+    int64_t ties = wanted - std::count_if(keys.begin(), keys.end(), [&](Bits key) { return key > threshold; });
+    for (Part& part : found) {
+      const auto loses = [&](const Candidate& one) {
+        return one.bits < threshold || (one.bits == threshold && ties-- <= 0);
+      };
+      std::vector<Candidate> kept;
+      for (const Candidate& one : part.inside)
+        if (!loses(one)) kept.push_back(one);
+      part.inside.swap(kept);
+    }
   }
 
   // f(part, key, size, base) in parallel over the parts, for each segment of a part in order: `size` keys from

@@ -114,13 +114,11 @@ void adamw(const std::vector<T*>& weights, const std::vector<Shape>& shapes, con
   std::vector<Correction<W>> of_layer;
   for (size_t layer = 0; layer < weights.size(); ++layer)
     of_layer.push_back(correction<W>(lr, beta1, beta2, state.step[layer]));
-  for_each_run(work, 2048, [&](const Run& run) {
+  // The weights' lines are far apart: they are asked for some runs before they are needed.
+  constexpr int64_t ahead = 3;
+  const auto step = [&](const Run& run, const int64_t* flat) {
     const int64_t layer = run.tile->layer, first = run.first, count = run.last - run.first;
     T* weight = weights[layer];
-    int64_t flat[kRun];
-    flat_positions(work, run, shapes[layer].cols, flat);
-    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(weight + flat[i], 1);
-
     W target[kRun], rate[kRun], root[kRun];
     for (int64_t i = 0; i < count; ++i) target[i] = state.base ? static_cast<W>(state.base[first + i]) : W(0);
     std::fill_n(rate, count, of_layer[layer].rate);
@@ -148,6 +146,19 @@ void adamw(const std::vector<T*>& weights, const std::vector<Shape>& shapes, con
       round_run(wide, count, random_word(state.seed, state.step[layer]), first, values);
     }
     for (int64_t i = 0; i < count; ++i) weight[flat[i]] = static_cast<T>(values[i]);
+  };
+  for_each_range(work, 2048, [&](const Run* begin, const Run* end) {
+    int64_t flat[ahead + 1][kRun];
+    const Run* asked = begin;
+    for (const Run* run = begin; run != end; ++run) {
+      for (; asked != end && asked - run <= ahead; ++asked) {
+        int64_t* to = flat[(asked - begin) % (ahead + 1)];
+        flat_positions(work, *asked, shapes[asked->tile->layer].cols, to);
+        for (int64_t i = 0; i < asked->last - asked->first; ++i)
+          __builtin_prefetch(weights[asked->tile->layer] + to[i], 1);
+      }
+      step(*run, flat[(run - begin) % (ahead + 1)]);
+    }
   });
 }
 

@@ -92,9 +92,10 @@ inline std::vector<Run> runs_of(const Worklist& work) {
   return runs;
 }
 
-// Calls f(run) for all runs of the worklist, about `grain` entries or more per thread. f must not throw.
+// Calls f(begin, end), ranges of neighbouring runs, for all runs of the worklist, about `grain` entries or more per
+// thread. f must not throw.
 template <typename F>
-void for_each_run(const Worklist& work, int64_t grain, const F& f) {
+void for_each_range(const Worklist& work, int64_t grain, const F& f) {
   const std::vector<Run> runs = runs_of(work);
   std::vector<int64_t> start;  // entries before each run: threads share the entries, not the runs
   int64_t total = 0;
@@ -106,8 +107,15 @@ void for_each_run(const Worklist& work, int64_t grain, const F& f) {
     const auto number = [&](int64_t entry) {
       return std::lower_bound(start.begin(), start.end(), entry) - start.begin();
     };
-    const int64_t stop = number(end);
-    for (int64_t i = number(begin); i < stop; ++i) f(runs[i]);
+    f(runs.data() + number(begin), runs.data() + number(end));
+  });
+}
+
+// Calls f(run) for all runs of the worklist, likewise.
+template <typename F>
+void for_each_run(const Worklist& work, int64_t grain, const F& f) {
+  for_each_range(work, grain, [&](const Run* begin, const Run* end) {
+    for (; begin != end; ++begin) f(*begin);
   });
 }
 
