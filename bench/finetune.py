@@ -204,7 +204,9 @@ def ratio(rows: Sequence[dict[str, Any]], bound: Bound, dtype: str) -> float | N
     by_round: dict[tuple, dict[str, float]] = {}
     for row in chosen:
         by_round.setdefault((row["run"], row["round"]), {})[row["provider"]] = float(row[bound.figure])
-    found = [r[bound.provider] / r[bound.against] for r in by_round.values() if {bound.provider, bound.against} <= set(r)]
+    found = [
+        r[bound.provider] / r[bound.against] for r in by_round.values() if {bound.provider, bound.against} <= set(r)
+    ]
     return statistics.median(found) if found else None
 
 

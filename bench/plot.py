@@ -1,6 +1,6 @@
 """Draws bench/results/finetune.csv: step time and peak memory of each provider, as shares of dense fine-tuning.
 
-    python -m bench.plot                # writes bench/results/finetune.svg
+python -m bench.plot                # writes bench/results/finetune.svg
 """
 
 import csv

@@ -150,7 +150,7 @@ def train(
             help="global: the best entries of the whole model; layer: the same share of every matrix; kind: of all "
             "matrices of one kind, as q_proj; mixed: halfway between global and layer; row: of every row."
         ),
-    ] = "global",
+    ] = "layer",
     structure: Annotated[
         str,
         typer.Option(
@@ -160,6 +160,10 @@ def train(
     auto_minutes: Annotated[
         float, typer.Option(help="With --criterion auto: time to find criterion, allocation and tile budget.")
     ] = 10.0,
+    train_norms: Annotated[bool, typer.Option(help="Also train every norm and bias vector.")] = True,
+    train_targets: Annotated[
+        bool, typer.Option(help="Also train the output embedding's rows of the most frequent words of the answers.")
+    ] = True,
     include: Annotated[
         list[str] | None,
         typer.Option(help="Only weights whose name has this part (glob, several times): mlp, 'layers.2?'."),
@@ -241,6 +245,7 @@ def train(
     first = "grad" if criterion == "auto" else criterion
     sparse = SparseConfig(density=density, criterion=first, tile=(tile, tile), tile_budget=tile_budget,
                           allocation=allocation, structure=structure, include=include, exclude=exclude,
+                          train_norms=train_norms, train_targets=train_targets,
                           batches=selection_batches, score_after=score_after,
                           refresh=_plan(refresh, refresh_every, leaving), decay_to=decay_to, seed=seed)  # fmt: skip
     config = finetune.RunConfig(

@@ -424,9 +424,7 @@ def check_pattern(model: nn.Module, name: str, pattern: Pattern, known: dict[str
             raise ValueError(f"patterns[{name!r}]: its module has an attribute {_stem(leaf) + attribute!r} already")
 
 
-def _attach(
-    module: nn.Module, name: str, pattern: Pattern, values: nn.Parameter, base: Tensor, users: Users
-) -> None:
+def _attach(module: nn.Module, name: str, pattern: Pattern, values: nn.Parameter, base: Tensor, users: Users) -> None:
     weight, stem = getattr(module, name), _stem(name)
     for tensor in TENSORS:
         module.register_buffer(stem + tensor, getattr(pattern, tensor), persistent=False)

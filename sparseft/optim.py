@@ -65,7 +65,7 @@ class SparseAdamW(Optimizer):
         decay_to: str = "pretrained",
         density: float | None = None,
         criterion: str = "grad",
-        allocation: str = "global",
+        allocation: str = "layer",
         tile: tuple[int, int] = (64, 64),
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,

@@ -31,8 +31,8 @@ class SparseConfig:
     """What to select, and how the selected entries train. The learning rate and so on are in TrainingArguments.
 
     Attributes:
-        density, criterion, tile, tile_budget, allocation, structure, include, exclude, train_norms, seed: as in
-            `sparseft.select`.
+        density, criterion, tile, tile_budget, allocation, structure, include, exclude, train_norms, train_targets,
+            seed: as in `sparseft.select`.
         batches: training batches whose gradients are summed for the selection.
         score_after: train so many steps with a first selection, of one batch each and with the learning rate's schedule
             in short, select on what came out, and start again from the pretrained weights (see `select_late`).
@@ -45,11 +45,12 @@ class SparseConfig:
     criterion: str = "grad"
     tile: tuple[int, int] = (64, 64)
     tile_budget: float = 0.1
-    allocation: str = "global"
+    allocation: str = "layer"
     structure: str = "entries"
     include: str | list[str] | None = None
     exclude: str | list[str] | None = None
-    train_norms: bool = False
+    train_norms: bool = True
+    train_targets: bool | None = None
     batches: int = 8
     score_after: int = 0
     refresh: DropAndGrow | SelectAgain | None = None

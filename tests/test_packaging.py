@@ -125,7 +125,9 @@ def test_the_doctor_says_what_the_build_got_and_why(monkeypatch, tmp_path):
 def test_a_toolkit_that_cannot_be_had_is_refused_with_what_would_help(setup, monkeypatch, tmp_path):
     toolkits = load(ROOT / "tools" / "toolkits.py")
     monkeypatch.setattr(toolkits, "CLANGS", ("clang-of-nowhere",))
-    with pytest.raises(ValueError, match=r"PyPI has no nvcc of 12\.x: install that toolkit, or one of clang-of-nowhere"):
+    with pytest.raises(
+        ValueError, match=r"PyPI has no nvcc of 12\.x: install that toolkit, or one of clang-of-nowhere"
+    ):
         toolkits.find("12.8", tmp_path / "cache")
     with pytest.raises(ValueError, match=r"CUDA 11\.8 is not installed here"):
         toolkits.find("11.8", tmp_path / "cache")
@@ -193,7 +195,11 @@ def test_the_borrowed_runtime_finds_and_does_without_cudart(tmp_path):
 def figures(**changed: int) -> dict[str, int]:
     """Those of a kernel that meets every expectation."""
     clean = {"stack": 0, "local": 0, "atomic": 0, "registers": 32}
-    return {**dict.fromkeys(("load16", "store16", "copy", "matrix", "mma", "fma", "smem_atomic"), 0), **clean, **changed}
+    return {
+        **dict.fromkeys(("load16", "store16", "copy", "matrix", "mma", "fma", "smem_atomic"), 0),
+        **clean,
+        **changed,
+    }
 
 
 @pytest.mark.parametrize(("name", "good", "bad"), [

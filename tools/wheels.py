@@ -159,8 +159,12 @@ def try_out(wheel: Built, torch_packages: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cuda", default="", metavar="VERSIONS", help='such as "12.8 13.0"; the CPU wheel is always built')
-    parser.add_argument("--beside", default="", metavar="TORCHES", help='requirements such as "torch==2.13.0 torch==2.14.1"')
+    parser.add_argument(
+        "--cuda", default="", metavar="VERSIONS", help='such as "12.8 13.0"; the CPU wheel is always built'
+    )
+    parser.add_argument(
+        "--beside", default="", metavar="TORCHES", help='requirements such as "torch==2.13.0 torch==2.14.1"'
+    )
     arguments = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(DIST, ignore_errors=True)

@@ -44,7 +44,9 @@ class Targets:
 
     def _count(self, labels: Tensor) -> None:
         labels = labels[labels != IGNORED]
-        if labels.is_floating_point() or (len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.counts)):
+        if labels.is_floating_point() or (
+            len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.counts)
+        ):
             return  # not tokens: the classes of another head
         self.counts += torch.bincount(labels, minlength=len(self.counts))
 
