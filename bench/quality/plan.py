@@ -154,8 +154,8 @@ def tuning(scale: Scale, variant: Variant, task: str, rate: float) -> Run:
 def choose_rate(rows: Sequence[Row], scale: Scale, variant: Variant, task: str) -> tuple[float | None, float | None]:
     """(best rate, None) when the variant is tuned, (None, rate to try next) before; (None, None): every rate failed.
 
-    The best has the lowest loss on the validation part (the accuracy of so few questions is too coarse to tell rates
-    apart). While it is the highest or lowest rate tried, the next one beyond is tried, `scale.extensions` times at most.
+    The best has the lowest loss on the validation part (the accuracy of so few questions is too coarse). While it is
+    the highest or lowest rate tried, the next one beyond is tried, `scale.extensions` times at most.
     """
     by_key = {row["key"]: row for row in rows}
     tried = sorted(variant.rates[: scale.rates])
