@@ -47,7 +47,7 @@ class Scale:
     time_of: str
 
 
-FULL = Scale("full", steps=120, batch=16, tune_steps=60, rates=3, extensions=2, validation_rows=0, test_rows=0,
+FULL = Scale("full", steps=120, batch=16, tune_steps=60, rates=3, extensions=1, validation_rows=0, test_rows=0,
              other_rows=400, hellaswag_rows=400, seeds=(0, 1, 2), tasks=("banking77", "arc_easy"),
              claims=tuple(v.name for v in CLAIMS),
              tuned=DENSITIES, screen=2, hypotheses=False, time_of="lora-r8")  # fmt: skip
@@ -154,8 +154,8 @@ def tuning(scale: Scale, variant: Variant, task: str, rate: float) -> Run:
 def choose_rate(rows: Sequence[Row], scale: Scale, variant: Variant, task: str) -> tuple[float | None, float | None]:
     """(best rate, None) when the variant is tuned, (None, rate to try next) before; (None, None): every rate failed.
 
-    The best has the highest accuracy on the validation part, of equal ones the lowest loss. While it is the highest or
-    lowest rate tried, the next one beyond is tried, `scale.extensions` times at most.
+    The best has the lowest loss on the validation part (the accuracy of so few questions is too coarse). While it is
+    the highest or lowest rate tried, the next one beyond is tried, `scale.extensions` times at most.
     """
     by_key = {row["key"]: row for row in rows}
     tried = sorted(variant.rates[: scale.rates])
@@ -165,9 +165,7 @@ def choose_rate(rows: Sequence[Row], scale: Scale, variant: Variant, task: str) 
         if missing:
             return None, missing[0]
         worked = {rate: row for rate, row in found.items() if row is not None and row["status"] == "ok"}
-        best = max(
-            worked, key=lambda r: (worked[r]["validation_accuracy"], -worked[r]["validation_loss"]), default=None
-        )
+        best = min(worked, key=lambda rate: worked[rate]["validation_loss"], default=None)
         if extension < scale.extensions:
             if best is None or best == tried[0]:
                 tried = [tried[0] / FACTOR, *tried]
