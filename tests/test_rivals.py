@@ -242,4 +242,3 @@ def test_spiel_every_batch_has_a_say(memory):
 def test_the_table_names_its_tests():
     told = [line.split("|")[3].strip() for line in __doc__.splitlines() if line.startswith("|") and "..." in line]
     assert told and all(any(part[4:] in name for name in globals() if name.startswith("test_")) for part in told)
-    assert sparseft.select is select
