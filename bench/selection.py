@@ -373,7 +373,7 @@ def main() -> None:
         made = times(arguments) if arguments.child == "time" else memory_of(arguments.child, arguments)
         print(json.dumps(made))
         return
-    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    stored: dict[str, Any] = {}
     short = False
     if "cost" in arguments.parts:
         figures, short = cost(arguments)
@@ -385,7 +385,8 @@ def main() -> None:
             show(name, found)
             stored[part] = {**describe(), "model": name, "density": DENSITY, "tables": found}
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
+    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # parts that were not run now stay
+    RESULTS.write_text(json.dumps({**before, **stored}, indent=1) + "\n")
     sys.exit(int(short))
 
 
