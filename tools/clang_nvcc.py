@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 
 def translate(arguments: list[str]) -> list[str]:
@@ -34,8 +35,8 @@ def main() -> None:
     clang, toolkit, *arguments = sys.argv[1:]
     if arguments == ["--version"]:
         name = subprocess.run([clang, "--version"], capture_output=True, text=True, check=True).stdout.split("\n")[0]
-        header = open(f"{toolkit}/include/cuda.h").read()
-        number = int(re.search(r"#define CUDA_VERSION (\d+)", header)[1])
+        header = Path(toolkit, "include", "cuda.h").read_text()
+        number = int(re.findall(r"#define CUDA_VERSION (\d+)", header)[0])  # 12080: 12.8
         release = f"{number // 1000}.{number % 1000 // 10}"
         print(f"{name} in nvcc's place\nheaders, libdevice and ptxas of CUDA, release {release}, V{release}")
     elif "--dryrun" in arguments:

@@ -5,6 +5,7 @@
 Trains a small model by the compiled kernels and by the reference, and lists the CUDA kernels that the wheel registered.
 """
 
+import ctypes
 import json
 import os
 import sys
@@ -51,6 +52,10 @@ def main() -> None:
         torch.testing.assert_close(compiled.changes[name].values, change.values)
     for one, other in zip(model.parameters(), same.parameters(), strict=True):
         assert torch.equal(one, other)
+
+    if torch.version.cuda:  # the CUDA library asks torch for its stream in this way (csrc/cuda/common.cuh)
+        loaded = ctypes.CDLL("libtorch_cuda.so", mode=os.RTLD_LAZY | os.RTLD_NOLOAD)
+        assert loaded.aoti_torch_get_current_cuda_stream
 
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     kernels = [op for op in backend.OPERATIONS if has(f"sparseft_cuda::{op}", "CUDA")]

@@ -1,7 +1,7 @@
 """Finds or assembles the CUDA toolkit of a version, for tools/wheels.py.
 
-In this order: an installed toolkit of exactly that version; from 13.0 on NVIDIA's nvcc packages of PyPI; for 12.x, whose
-PyPI packages have no nvcc, clang with their headers, libdevice and ptxas (tools/clang_nvcc.py takes nvcc's place).
+In this order: an installed toolkit of exactly that version; from 13.0 on NVIDIA's nvcc packages of PyPI; for 12.x,
+whose PyPI packages have no nvcc, clang with their headers, libdevice and ptxas (tools/clang_nvcc.py is their nvcc).
 """
 
 import shutil

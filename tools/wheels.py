@@ -1,6 +1,6 @@
 """Builds, audits and tries out sparseft's wheels, without a GPU.
 
-    python -m tools.wheels --cuda "12.8 13.0" --beside "torch==2.13.0 torch==2.14.1"
+    python -m tools.wheels --cuda "12.8 13.0" --beside "torch==2.13.0 torch==2.14.1"     (make wheel CUDA="12.8 13.0")
 
 Makes the sdist, and from it the CPU wheel and one wheel for each CUDA version (tools/toolkits.py finds the toolkits).
 Each wheel must be for any Python 3, below 20 MB, use nothing but torch's stable ABI of 2.10 and no shared library of
@@ -9,6 +9,7 @@ been compiled against any torch: this interpreter's is used.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -65,17 +66,22 @@ def make_sdist() -> Path:
 
 
 def unpack(sdist: Path) -> Path:
-    """The sdist's content; compiled objects of an earlier run stay, ninja knows which are still right."""
-    source = WORK / "source"
-    for old in source.glob("*"):
-        if old.name != "build":
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+    """The sdist's content. Objects of an earlier run stay where csrc is the same: they do not know their headers."""
+    source, fresh = WORK / "source", WORK / "unpacked"
+    shutil.rmtree(fresh, ignore_errors=True)
     with tarfile.open(sdist) as archive:
-        top = archive.getnames()[0].split("/")[0]
-        archive.extractall(WORK, filter="data")
-    shutil.copytree(WORK / top, source, dirs_exist_ok=True)
-    shutil.rmtree(WORK / top)
+        archive.extractall(fresh, filter="data")
+    (content,) = fresh.iterdir()
+    if source.exists() and _digest(source / "csrc") == _digest(content / "csrc"):
+        shutil.move(source / "build", content / "build")
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.move(content, source)
     return source
+
+
+def _digest(folder: Path) -> str:
+    content = [(str(p.relative_to(folder)), p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()]
+    return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 def build(source: Path, toolkit: Toolkit | None) -> Built:
@@ -157,34 +163,39 @@ def try_out(wheel: Built, torch_packages: Path) -> dict:
     return report
 
 
+def make_all(versions: list[str], torches: list[str]) -> None:
+    """The sdist, the CPU wheel, a wheel of each CUDA version; each tried beside each torch (a pip requirement)."""
+    chosen = [None, *(toolkits.find(version, WORK) for version in versions)]
+    for toolkit in filter(None, chosen):
+        print(f"{toolkit}: {toolkit.compiler}", flush=True)
+    sdist = make_sdist()
+    print(_named(sdist), flush=True)
+    source = unpack(sdist)
+    for toolkit in chosen:
+        wheel = build(source, toolkit)
+        record = audit(wheel)
+        print(f"{_named(wheel.path)}, {wheel.cpu_seconds:.0f} s of CPU time, stable ABI of torch 2.10\n"
+              f"  by {record['compiler']}; CUDA by {record['cuda compiler']}", flush=True)  # fmt: skip
+        for torch in torches:
+            report = try_out(wheel, torch_environment(torch))
+            print(f"  beside torch {report['torch']} (CUDA {report['cuda']}): trains; CUDA kernels registered: "
+                  f"{', '.join(report['cuda kernels']) or 'none'}", flush=True)  # fmt: skip
+
+
+def _named(path: Path) -> str:
+    return f"{path.relative_to(ROOT)}  {path.stat().st_size / 1e6:.2f} MB"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--cuda", default="", metavar="VERSIONS", help='such as "12.8 13.0"; the CPU wheel is always built'
-    )
-    parser.add_argument(
-        "--beside", default="", metavar="TORCHES", help='requirements such as "torch==2.13.0 torch==2.14.1"'
-    )
+    parser.add_argument("--cuda", default="", help='such as "12.8 13.0"; the CPU wheel is always built')
+    parser.add_argument("--beside", default="", help='torches: pip requirements such as "torch==2.13.0 torch==2.14.1"')
     arguments = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(DIST, ignore_errors=True)
     DIST.mkdir()
     try:
-        chosen = [None, *(toolkits.find(version, WORK) for version in arguments.cuda.split())]
-        for toolkit in chosen:
-            print(f"{toolkit}: {toolkit.compiler}" if toolkit else "CPU: no CUDA compiler", flush=True)
-        sdist = make_sdist()
-        print(f"{sdist.relative_to(ROOT)}  {sdist.stat().st_size / 1e6:.2f} MB", flush=True)
-        source = unpack(sdist)
-        for toolkit in chosen:
-            wheel = build(source, toolkit)
-            record = audit(wheel)
-            print(f"{wheel.path.relative_to(ROOT)}  {wheel.path.stat().st_size / 1e6:.2f} MB, {wheel.cpu_seconds:.0f} s of "
-                  f"CPU time; {record['compiler']}; CUDA: {record['cuda compiler']}; stable ABI of torch 2.10", flush=True)  # fmt: skip
-            for requirement in arguments.beside.split():
-                report = try_out(wheel, torch_environment(requirement))
-                print(f"  beside torch {report['torch']} (CUDA {report['cuda']}): trains; CUDA kernels registered: "
-                      f"{', '.join(report['cuda kernels']) or 'none'}", flush=True)  # fmt: skip
+        make_all(arguments.cuda.split(), arguments.beside.split())
     except (Failure, ValueError) as error:
         raise SystemExit(f"tools.wheels: {error}") from None
 

@@ -161,10 +161,14 @@ class Call {
     STD_TORCH_CHECK(error == cudaSuccess, "sparseft: CUDA error: ", cudaGetErrorString(error));
   }
 
-  // Looked up at run time: without a reference to libtorch_cuda this library also loads next to a CPU-only torch.
+  // Looked up at run time: without a reference to libtorch_cuda this library also loads next to a CPU-only torch. In
+  // that library by name: torch loads its libraries locally, so that RTLD_DEFAULT does not see them.
   static cudaStream_t current_stream(int32_t device) {
     using Lookup = int32_t (*)(int32_t, void**);
-    static const auto lookup = reinterpret_cast<Lookup>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+    static void* const torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    static const auto lookup = torch_cuda == nullptr
+                                   ? nullptr
+                                   : reinterpret_cast<Lookup>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream"));
     void* stream = nullptr;
     STD_TORCH_CHECK(lookup != nullptr && lookup(device, &stream) == 0, "sparseft: torch has no current CUDA stream");
     return static_cast<cudaStream_t>(stream);
