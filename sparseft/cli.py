@@ -152,11 +152,13 @@ def train(
         ),
     ] = "layer",
     structure: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="entries: single weights; rows, columns or rows-and-columns: whole ones, chosen by their mean score."
+            help="entries: single weights; rows, columns or rows-and-columns, blocks (the size of a tile), channels "
+            "(heads and MLP channels): whole ones, chosen by their mean score; subnet: some rows times some columns of "
+            "each weight. Default: the criterion's own, entries for most."
         ),
-    ] = "entries",
+    ] = None,
     auto_minutes: Annotated[
         float, typer.Option(help="With --criterion auto: time to find criterion, allocation and tile budget.")
     ] = 10.0,

@@ -46,7 +46,7 @@ class SparseConfig:
     tile: tuple[int, int] = (64, 64)
     tile_budget: float = 0.1
     allocation: str = "layer"
-    structure: str = "entries"
+    structure: str | None = None
     include: str | list[str] | None = None
     exclude: str | list[str] | None = None
     train_norms: bool = True
@@ -68,9 +68,10 @@ class SparseConfig:
         check_tile(self.tile)
         if self.score_after < 0:
             raise ValueError(f"score_after must not be negative, got {self.score_after}")
-        if self.structure != "entries" and isinstance(self.refresh, DropAndGrow):
+        if self.structure not in (None, "entries") and isinstance(self.refresh, DropAndGrow):
             raise ValueError(f"refresh: DropAndGrow moves single entries, and structure is {self.structure!r}")
-        for name, known in (("criterion", CRITERIA), ("allocation", ALLOCATIONS), ("structure", STRUCTURES),
+        structures = STRUCTURES if self.structure is not None else (None,)
+        for name, known in (("criterion", CRITERIA), ("allocation", ALLOCATIONS), ("structure", structures),
                             ("decay_to", ("pretrained", "zero")), ("on_nonfinite", ("skip", "raise"))):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {sorted(known)}, got {getattr(self, name)!r}")

@@ -86,8 +86,11 @@ class Trials:
         return -(-len(self.examples) // (self.config.batch_size * self.config.accumulate))
 
     def __call__(self, sparse: SparseConfig, steps: int) -> Outcome:
-        """Select as `sparse` says (once; later trials of it reuse that), train, measure, take the training back."""
-        config = replace(self.config, sparse=sparse, steps=steps, save_steps=0)
+        """Select as `sparse` says (once; later trials of it reuse that), train, measure, take the training back.
+
+        Selected weights stay the same in a trial, whatever `sparse.refresh` says.
+        """
+        config = replace(self.config, sparse=replace(sparse, refresh=None), steps=steps, save_steps=0)
         with tempfile.TemporaryDirectory() as folder:
             clock = time.perf_counter()
             trainer = trainer_for(config, self.model, self.tokenizer, self.examples, Path(folder), self.display)
