@@ -1,7 +1,7 @@
 """An embedding of which a few rows train, without a dense gradient of the vocabulary's size."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 

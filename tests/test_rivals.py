@@ -21,7 +21,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import sparseft
 from sparseft import Pattern, SparseAdamW, parameters, sparsify
 from sparseft.delta import Delta
 from sparseft.layers import selected
