@@ -9,8 +9,8 @@ ratios inside one round, their median over the rounds. Writes bench/results/fine
 """
 
 import argparse
-import itertools
 import csv
+import itertools
 import json
 import math
 import os

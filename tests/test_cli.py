@@ -74,7 +74,11 @@ def test_a_run_folder_tells_the_whole_story(start):
     eligible = sum(p.numel() for name, p in model.named_parameters() if "_proj" in name)
     assert metrics["model_weights"] == sum(p.numel() for p in model.parameters())
     assert metrics["eligible_weights"] == eligible
-    assert metrics["selected_weights"] == round(0.1 * eligible)
+    entries = round(0.1 * eligible)
+    norms = sum(p.numel() for p in model.parameters() if p.dim() == 1)
+    width = model.config.hidden_size
+    rows, rest = divmod(metrics["selected_weights"] - entries - norms, width)
+    assert rest == 0 and 0 < rows <= 0.1 * entries / width  # those of the answers' most frequent tokens
     assert 0 < metrics["changed_weights"] <= metrics["selected_weights"]
     assert metrics["delta_bytes"] == (run / "delta.safetensors").stat().st_size
     assert metrics["steps"] == 6
