@@ -10,6 +10,7 @@ ratios inside one round, their median over the rounds. Writes bench/results/fine
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import os
@@ -98,7 +99,7 @@ def measure(name: str, model_name: str, dtype: str, rows: int, tokens: int, patt
             if PROVIDERS[name].selection is not None:
                 only_selected_changed(model, untouched, patterns / name)
         if step >= 2:
-            forward, backward, update = (1e3 * (b - a) for a, b in zip(marks, marks[1:], strict=False))
+            forward, backward, update = (1e3 * (b - a) for a, b in itertools.pairwise(marks))
             times.append((forward, backward, update, 1e3 * (time.process_time() - cpu)))
     peak = resident("VmHWM") - loaded
     forward, backward, update, cpu_ms = (statistics.median(column) for column in zip(*times, strict=True))
@@ -204,7 +205,9 @@ def ratio(rows: Sequence[dict[str, Any]], bound: Bound, dtype: str) -> float | N
     by_round: dict[tuple, dict[str, float]] = {}
     for row in chosen:
         by_round.setdefault((row["run"], row["round"]), {})[row["provider"]] = float(row[bound.figure])
-    found = [r[bound.provider] / r[bound.against] for r in by_round.values() if {bound.provider, bound.against} <= set(r)]
+    found = [
+        r[bound.provider] / r[bound.against] for r in by_round.values() if {bound.provider, bound.against} <= set(r)
+    ]
     return statistics.median(found) if found else None
 
 

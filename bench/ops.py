@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bench.machine import describe
 from bench.memory import forget_peak, resident
@@ -160,10 +160,10 @@ def _adamw(sizes: Sizes, name: str, dtype: torch.dtype) -> Group:
         count = len(part.local)
         state = [t[:count].clone() for t in (values, exp_avg, exp_avg_sq)]
         few, expected = [w.clone() for w in weights[:2]], [w.clone() for w in weights[:2]]
-        sparse_adamw_(few, state[0], grad[:count], *state[1:], part, step=step[:2], lr=lr, weight_decay=0.01)
+        sparse_adamw_(few, state[0], grad[:count], state[1], state[2], part, step=step[:2], lr=lr, weight_decay=0.01)
         again = [t[:count].clone() for t in (values, exp_avg, exp_avg_sq)]
-        reference.sparse_adamw_(expected, again[0], grad[:count], *again[1:], None, step[:2], None, *part, lr, 0.9,
-                                0.999, 1e-8, 0.01, False, None, None)  # fmt: skip
+        reference.sparse_adamw_(expected, again[0], grad[:count], again[1], again[2], None, step[:2], None, *part, lr,
+                                0.9, 0.999, 1e-8, 0.01, False, None, None)  # fmt: skip
         for got, want in zip([*few, *state], [*expected, *again], strict=True):
             torch.testing.assert_close(got, want)
 

@@ -1,12 +1,11 @@
 """Draws bench/results/finetune.csv: step time and peak memory of each provider, as shares of dense fine-tuning.
 
-    python -m bench.plot                # writes bench/results/finetune.svg
+python -m bench.plot                # writes bench/results/finetune.svg
 """
 
 import csv
 import statistics
 import sys
-from pathlib import Path
 
 from bench.finetune import RESULTS
 
