@@ -303,21 +303,26 @@ def main() -> None:
         return
     sizes, about = Sizes(), {"run": time.strftime("%Y-%m-%dT%H:%M:%S"), **describe()}
     rows: list[dict[str, Any]] = []
+    if options.append and RESULTS.exists():
+        with RESULTS.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    short = False
     for name in options.only:
         for group in OPERATIONS[name](sizes):
             for row in measure(group, sizes.repeats):
                 print(show(row), flush=True)
                 rows.append({**row, **about})
-    short = any(row["verdict"] == "short" for row in rows)
-    if options.append and RESULTS.exists():
-        with RESULTS.open(newline="") as file:
-            rows = [*csv.DictReader(file), *rows]
+                short |= row["verdict"] == "short"
+            write(rows)  # a run that is stopped keeps what it has
+    sys.exit(1 if short else 0)
+
+
+def write(rows: list[dict[str, Any]]) -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    sys.exit(1 if short else 0)
 
 
 if __name__ == "__main__":
