@@ -160,10 +160,10 @@ def _adamw(sizes: Sizes, name: str, dtype: torch.dtype) -> Group:
         count = len(part.local)
         state = [t[:count].clone() for t in (values, exp_avg, exp_avg_sq)]
         few, expected = [w.clone() for w in weights[:2]], [w.clone() for w in weights[:2]]
-        sparse_adamw_(few, state[0], grad[:count], *state[1:], part, step=step[:2], lr=lr, weight_decay=0.01)
+        sparse_adamw_(few, state[0], grad[:count], state[1], state[2], part, step=step[:2], lr=lr, weight_decay=0.01)
         again = [t[:count].clone() for t in (values, exp_avg, exp_avg_sq)]
-        reference.sparse_adamw_(expected, again[0], grad[:count], *again[1:], None, step[:2], None, *part, lr, 0.9,
-                                0.999, 1e-8, 0.01, False, None, None)  # fmt: skip
+        reference.sparse_adamw_(expected, again[0], grad[:count], again[1], again[2], None, step[:2], None, *part, lr,
+                                0.9, 0.999, 1e-8, 0.01, False, None, None)  # fmt: skip
         for got, want in zip([*few, *state], [*expected, *again], strict=True):
             torch.testing.assert_close(got, want)
 
@@ -303,21 +303,26 @@ def main() -> None:
         return
     sizes, about = Sizes(), {"run": time.strftime("%Y-%m-%dT%H:%M:%S"), **describe()}
     rows: list[dict[str, Any]] = []
+    if options.append and RESULTS.exists():
+        with RESULTS.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    short = False
     for name in options.only:
         for group in OPERATIONS[name](sizes):
             for row in measure(group, sizes.repeats):
                 print(show(row), flush=True)
                 rows.append({**row, **about})
-    short = any(row["verdict"] == "short" for row in rows)
-    if options.append and RESULTS.exists():
-        with RESULTS.open(newline="") as file:
-            rows = [*csv.DictReader(file), *rows]
+                short |= row["verdict"] == "short"
+            write(rows)  # a run that is stopped keeps what it has
+    sys.exit(1 if short else 0)
+
+
+def write(rows: list[dict[str, Any]]) -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    sys.exit(1 if short else 0)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,9 @@ def masked_grad_(out, grad_out, input, rows, cols, tiles, local, tile, accumulat
     if tiles.shape[0] == 0:
         return
     tile, tiles = tuple(tile), tiles.contiguous()
+    if isinstance(grad_out, torch.Tensor):
+        grad_out = with_rows(grad_out)
+    input = with_rows(input)
     with on(out.device):
         work = plan(tiles, tile)
         grad_outs = grad_out if isinstance(grad_out, (list, tuple)) else [grad_out] * (work.rows[-1].layer + 1)
@@ -117,6 +120,11 @@ def masked_grad_(out, grad_out, input, rows, cols, tiles, local, tile, accumulat
             SHIFT_B=cols is not None, ALIGN_A=work.align[rows is not None][0], ALIGN_B=work.align[cols is not None][1],
             ACCUMULATE=accumulate, PRECISION=precision(), **configuration(architecture(out.device), a.dtype, tile),
         )  # fmt: skip
+
+
+def with_rows(operand: torch.Tensor) -> torch.Tensor:
+    """The operand, or a copy of it if its rows are not contiguous: the kernels know one stride."""
+    return operand if operand.stride(1) == 1 or operand.shape[1] <= 1 else operand.contiguous()
 
 
 def choose(entries: int, tiles: int, tile: tuple[int, int]) -> str:

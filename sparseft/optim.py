@@ -160,7 +160,7 @@ class SparseAdamW(Optimizer):
                 found = torch.maximum(found, overflow.to(found))
             self._skip(found, expected=overflow is not None)
             for arena, tiles in work:
-                device = arena.grad.device
+                device = arena.values.device
                 factor = None if scale is None else scale.reciprocal().to(device, torch.float32)
                 arena.step(tiles, found.to(device), factor)
         self._clear()

@@ -19,12 +19,18 @@ READ_TOGETHER = (
     ("w1", "w3"),
 )
 
+# Children whose input is saved anyway, by who made it: fused attention needs its own output for its gradient.
+READ_WHAT_ATTENTION_SAVED = ("o_proj", "out_proj", "out_lin")
+
 
 class SharedInput:
-    """The input of one or several sparse layers: which of its columns they need, and the last one's columns."""
+    """The input of one or several sparse layers: which of its columns they need, and the last one's columns.
 
-    def __init__(self, layers: list[nn.Module]):
-        self._layers = layers
+    `whole`: it is saved as it is, whatever the layers need.
+    """
+
+    def __init__(self, layers: list[nn.Module], whole: bool = False):
+        self._layers, self._whole = layers, whole
         self._forget()
 
     def _forget(self) -> None:
@@ -34,10 +40,10 @@ class SharedInput:
         self._last: tuple | None = None
 
     def __getstate__(self) -> dict:
-        return {"layers": self._layers}
+        return {"layers": self._layers, "whole": self._whole}
 
     def __setstate__(self, state: dict) -> None:  # a copy plans for itself
-        self._layers = state["layers"]
+        self._layers, self._whole = state["layers"], state["whole"]
         self._forget()
 
     def save(self, layer: nn.Module, input: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -71,7 +77,7 @@ class SharedInput:
         for order in orders:
             needed[order.long()] = True
         union = needed.nonzero().squeeze(1).to(torch.int32)
-        if len(union) == width:
+        if self._whole or len(union) == width:
             return
         self._union = union
         place = needed.cumsum(0).to(torch.int32) - 1
@@ -86,6 +92,9 @@ def share_inputs(model: nn.Module) -> None:
     """Let the sparse layers of `model` that read the same input save it together."""
     for parent in model.modules():
         children = {name: child for name, child in parent.named_children() if hasattr(child, "_input")}
+        for name in READ_WHAT_ATTENTION_SAVED:
+            if name in children:
+                children[name]._input = SharedInput([children[name]], whole=True)
         for names in READ_TOGETHER:
             together = [children[name] for name in names if name in children]
             if len({layer.weight.shape[layer.transposed - 1] for layer in together}) == 1:  # as wide as each other

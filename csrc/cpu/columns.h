@@ -38,9 +38,12 @@ constexpr int64_t kStep = sizeof(S) == 2 ? 2 * kBlock : kBlock;
 // The wanted columns, grouped by block.
 class Columns {
  public:
-  // Columns order[begin], ..., order[end - 1] of a matrix. Indices that no entry uses were not checked: they are clamped.
+  // Columns order[begin], ..., order[end - 1] of a matrix. Indices that no entry uses were not checked: they are
+  // clamped.
   Columns(const Order& order, int64_t begin, int64_t end, int64_t width)
-      : width_(width), start_(width / kBlock + 2), items_(end - begin) {
+      : width_(width),
+        start_(width / kBlock + 2),
+        items_(end - begin) {
     const auto column = [&](int64_t i) { return std::clamp<int64_t>(order[begin + i], 0, width - 1); };
     for (int64_t i = 0; i < end - begin; ++i) ++start_[column(i) / kBlock + 1];
     for (size_t block = 1; block < start_.size(); ++block) start_[block] += start_[block - 1];

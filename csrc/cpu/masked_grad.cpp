@@ -1,10 +1,11 @@
 // masked_grad_: the weight gradient of y = x W^T at the selected entries only.
 //
-// A dot product over T walks a column of grad_out and a column of input. The needed columns are first gathered into rows
-// of a scratch buffer, padded with zeros to whole vectors: bf16 stays bf16 where the processor multiplies it, everything
-// else is widened to fp32 (fp64). A column that lies in memory in this form already is read where it is. Tokens are
-// taken kTokens at a time: the scratch of a tile stays in the cache, and its size does not grow with T. An entry's sum
-// always has the same order (lanes, then their tree, then the blocks of tokens), whatever the number of threads.
+// A dot product over T walks a column of grad_out and a column of input. The needed columns are first gathered into
+// rows of a scratch buffer, padded with zeros to whole vectors: bf16 stays bf16 where the processor multiplies it,
+// everything else is widened to fp32 (fp64). A column that lies in memory in this form already is read where it is.
+// Tokens are taken kTokens at a time: the scratch of a tile stays in the cache, and its size does not grow with T. An
+// entry's sum always has the same order (lanes, then their tree, then the blocks of tokens), whatever the number of
+// threads.
 #include <torch/csrc/stable/library.h>
 
 #include "dots.h"

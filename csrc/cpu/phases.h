@@ -21,7 +21,8 @@ class Phases {
     for (size_t p = 0; p < sizes.size(); ++p) phases_[p].size = sizes[p];
   }
 
-  // Calls f(phase, begin, end) for all items, at most `batch` at a time, on all threads (or this one). f must not throw.
+  // Calls f(phase, begin, end) for all items, at most `batch` at a time, on all threads (or this one). f must not
+  // throw.
   template <typename F>
   void run(int64_t batch, bool threaded, const F& f) {
     const auto work = [&] {

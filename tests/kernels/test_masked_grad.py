@@ -118,6 +118,14 @@ def test_strided_rows(implementation, memory, dtype):
     check(implementation, memory, e, *operands(e, 33, dtype), put=lambda t: memory.put(t, row_stride=t.shape[1] + 5))
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("tokens", [1, 33, 64, 1056])
+def test_columns_that_lie_in_memory_as_rows(implementation, memory, tokens, dtype):
+    """Operands may be stored [N, T] and [K, T], as a sparse layer keeps its input."""
+    e = entries(SWEEP)
+    check(implementation, memory, e, *operands(e, tokens, dtype), put=lambda t: memory.put(t.T.contiguous()).T)
+
+
 def test_one_layer_of_several(implementation, memory):
     """The worklist may pick one layer out of a packed layout; `out` is then the buffer of all layers."""
     e = entries(SEVERAL_LAYERS[0])
