@@ -125,8 +125,8 @@ def audit(wheel: Built) -> dict:
             raise Failure(f"{wheel.path.name} holds {libraries}, not {expected}")
         for library in libraries:
             abi = inspect_extension(library).torch
-            floor = tuple(map(int, str(abi.min_torch_version).split(".")[:2]))
-            if not abi.stable or abi.unknown_shim_symbols or floor > TORCH_FLOOR:
+            floor = tuple(map(int, (abi.min_torch_version or "0.0").split(".")[:2]))  # None: it uses nothing of torch
+            if not abi.stable or abi.unknown_shim_symbols or not (0, 0) < floor <= TORCH_FLOOR:
                 raise Failure(f"{library.name}: stable ABI {abi.stable} {abi.unstable_symbols}, of torch {floor}, "
                               f"unknown {abi.unknown_shim_symbols}")  # fmt: skip
             for name in re.findall(r"\(NEEDED\).*\[(.+)\]", run("readelf", "--dynamic", library)):
