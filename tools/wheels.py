@@ -4,8 +4,10 @@
 
 Makes the sdist, and from it the CPU wheel and one wheel for each CUDA version (tools/toolkits.py finds the toolkits).
 Each wheel must be for any Python 3, below 20 MB, use nothing but torch's stable ABI of 2.10 and no shared library of
-CUDA; then it is installed beside each torch, in an environment of its own, and has to pass tools/smoke.py. It may have
-been compiled against any torch: this interpreter's is used.
+CUDA; then it is installed beside each torch, in an environment of its own, and has to pass tools/smoke.py.
+
+Compiled is against this interpreter's torch, which should be one without CUDA: torch's extension builder refuses a
+toolkit of another major version than torch's own.
 """
 
 import argparse
