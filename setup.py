@@ -2,7 +2,8 @@
 
 Environment:
     SPARSEFT_CUDA   auto (default): build the CUDA library if that is possible here; 1: fail if it is not; 0: do not;
-                    a folder: build it with the CUDA toolkit there, whatever CUDA this torch was built for.
+                    a folder: build it with the CUDA toolkit there. A torch without CUDA serves any; torch's extension
+                    builder refuses a toolkit of another major version than torch's own.
     SPARSEFT_LOCAL_VERSION   appended to the version as "+..."; tools/wheels.py names a wheel's CUDA by it.
     CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, NVCC_THREADS, CXX: as for any torch extension.
 

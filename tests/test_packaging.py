@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,58 @@ def test_the_borrowed_runtime_finds_and_does_without_cudart(tmp_path):
         code = f"import ctypes; {before} {load_library}"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == said
+
+
+@pytest.fixture
+def wheels(setup, monkeypatch, tmp_path):
+    """The module tools/wheels.py, working in a folder of its own."""
+    module = load(ROOT / "tools" / "wheels.py")
+    monkeypatch.setattr(module, "WORK", tmp_path)
+    return module
+
+
+def pack(wheels, folder: Path, libraries: dict[str, Path], tag: str = "py3-none-any"):
+    """A wheel with these libraries."""
+    path = folder / f"sparseft-1-{tag}.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("sparseft/_build.json", '{"compiler": "c++ 99"}')
+        for name, library in libraries.items():
+            archive.write(library, f"sparseft/{name}")
+    return wheels.Built(path, 0.0, "_C_cuda.so" in libraries)
+
+
+COMPILED = ROOT / "sparseft" / "_C.so"
+
+
+def test_the_audit_passes_the_library_that_was_built(wheels, tmp_path):
+    assert wheels.audit(pack(wheels, tmp_path, {"_C.so": COMPILED})) == {"compiler": "c++ 99"}
+
+
+def test_the_audit_refuses_bad_wheels(wheels, monkeypatch, tmp_path):
+    with pytest.raises(wheels.Failure, match="not for any Python 3"):
+        wheels.audit(pack(wheels, tmp_path, {"_C.so": COMPILED}, tag="cp311-cp311-linux_x86_64"))
+    with pytest.raises(wheels.Failure, match=r"holds \[\], not \['sparseft/_C\.so'\]"):
+        wheels.audit(pack(wheels, tmp_path, {}))
+    good = pack(wheels, tmp_path, {"_C.so": COMPILED})
+    monkeypatch.setattr(wheels, "MOST_BYTES", good.path.stat().st_size)
+    with pytest.raises(wheels.Failure, match="are the limit"):
+        wheels.audit(good)
+
+
+@pytest.mark.parametrize(("function", "soname", "message"), [
+    ("aoti_torch_get_dtype", "libcudart.so.12", "_C_cuda.so needs libcudart.so.12"),  # stable, of torch 2.10 or before
+    ("_ZN3c105ErrorC1ENS_14SourceLocationESs", "libtorch.so", "stable ABI False"),  # c10::Error: C++, not stable
+    ("puts", "libtorch.so", r"stable ABI .*\(0, 0\)"),  # no operation of torch's at all
+])  # fmt: skip
+def test_the_audit_refuses_bad_libraries(wheels, tmp_path, function, soname, message):
+    stub, library = tmp_path / "stub.so", tmp_path / "library.so"
+    (tmp_path / "stub.c").write_text(f"void {function}(void) {{}}")
+    (tmp_path / "library.c").write_text(f"void {function}(void); void call(void) {{ {function}(); }}")
+    gcc = ["gcc", "-shared", "-fPIC", "-fno-builtin"]
+    subprocess.run([*gcc, f"-Wl,-soname,{soname}", tmp_path / "stub.c", "-o", stub], check=True)
+    subprocess.run([*gcc, tmp_path / "library.c", stub, "-o", library], check=True)
+    with pytest.raises(wheels.Failure, match=message):
+        wheels.audit(pack(wheels, tmp_path, {"_C.so": COMPILED, "_C_cuda.so": library}))
 
 
 # ---- what the machine code must hold ----

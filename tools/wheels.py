@@ -4,8 +4,10 @@
 
 Makes the sdist, and from it the CPU wheel and one wheel for each CUDA version (tools/toolkits.py finds the toolkits).
 Each wheel must be for any Python 3, below 20 MB, use nothing but torch's stable ABI of 2.10 and no shared library of
-CUDA; then it is installed beside each torch, in an environment of its own, and has to pass tools/smoke.py. It may have
-been compiled against any torch: this interpreter's is used.
+CUDA; then it is installed beside each torch, in an environment of its own, and has to pass tools/smoke.py.
+
+Compiled is against this interpreter's torch, which should be one without CUDA: torch's extension builder refuses a
+toolkit of another major version than torch's own.
 """
 
 import argparse
@@ -125,8 +127,8 @@ def audit(wheel: Built) -> dict:
             raise Failure(f"{wheel.path.name} holds {libraries}, not {expected}")
         for library in libraries:
             abi = inspect_extension(library).torch
-            floor = tuple(map(int, str(abi.min_torch_version).split(".")[:2]))
-            if not abi.stable or abi.unknown_shim_symbols or floor > TORCH_FLOOR:
+            floor = tuple(map(int, (abi.min_torch_version or "0.0").split(".")[:2]))  # None: it uses nothing of torch
+            if not abi.stable or abi.unknown_shim_symbols or not (0, 0) < floor <= TORCH_FLOOR:
                 raise Failure(f"{library.name}: stable ABI {abi.stable} {abi.unstable_symbols}, of torch {floor}, "
                               f"unknown {abi.unknown_shim_symbols}")  # fmt: skip
             for name in re.findall(r"\(NEEDED\).*\[(.+)\]", run("readelf", "--dynamic", library)):
