@@ -87,7 +87,9 @@ def cuda_kernels(monkeypatch):
         for operation in backend.OPERATIONS:
             if not has(f"sparseft_cuda::{operation}", "CUDA"):
                 library.impl(operation, lambda *args: None, "CUDA")
+        backend._choose.cache_clear()
         yield
+    backend._choose.cache_clear()
 
 
 @pytest.mark.parametrize("operation", backend.OPERATIONS)
@@ -108,6 +110,7 @@ def test_cuda_tensors_get_cuda_then_triton_then_the_reference(cuda_kernels, monk
         assert backend.backends()[operation]["cuda"]["serves"] == name
         if name != "reference":
             monkeypatch.setitem(backend._missing, name, "taken away")
+            backend._choose.cache_clear()
     assert backend.backends()[operation]["cuda"]["triton"] == "taken away"
 
 

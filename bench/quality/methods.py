@@ -16,7 +16,7 @@ from bench.quality.training import Batch, Schedule, loss_of, train
 from sparseft.layers import selected
 from sparseft.pattern import Pattern
 from sparseft.selection import eligible, select
-from sparseft.selection.targets import Targets, output_embedding
+from sparseft.selection.targets import SHARE, Targets
 
 SELECTION_BATCHES = 8  # of the training data, for the selection
 LINEARS = "all-linear"  # PEFT's word for every linear layer but the output head
@@ -89,9 +89,9 @@ def lora(
     tokens: dict[str, list[int]] | None = None
     if train_targets:
         entries = r * sum(n + m for n, m in (weight.shape for weight in eligible(model).values()))
-        targets = _targets(model, setting.batches(SELECTION_BATCHES))
-        rows = targets.rows(entries // 10)
-        tokens = {"embed_tokens": rows.tolist()}
+        targets = Targets(setting.batches(SELECTION_BATCHES), model.get_output_embeddings().weight)
+        targets.read()
+        tokens = {"embed_tokens": targets.rows(int(SHARE * entries)).tolist()}
     config = LoraConfig(
         r=r, lora_alpha=2 * r if alpha is None else alpha, target_modules=LINEARS, task_type="CAUSAL_LM",
         trainable_token_indices=tokens,
@@ -118,7 +118,7 @@ def sparse(
     model: nn.Module, setting: Setting, *,
     density: float = 0.01, as_lora: int = 0, batches: int = SELECTION_BATCHES, score_after: int = 0,
     weight_decay: float = 0.01, betas: tuple[float, float] = (0.9, 0.999), vector_rate: float = 1.0,
-    train_targets: bool = False, **selection: Any,
+    allocation: str = "global", train_norms: bool = False, train_targets: bool = False, **selection: Any,
 ) -> Trainable:  # fmt: skip
     """sparseft.
 
@@ -128,23 +128,22 @@ def sparse(
         score_after: first train so many steps with a first selection, select on what came out, and start again
             from the pretrained weights at the new entries.
         vector_rate: factor on the rate of norm and bias vectors (with `train_norms`).
-        train_targets: also train the output embedding's rows of the most frequent target tokens of these batches,
-            at most a tenth of the other entries.
-        selection: further arguments of `sparseft.select`.
+        allocation, train_norms, train_targets, selection: as in `sparseft.select`.
     """
     if as_lora:
         density = rank_density(model, as_lora)
 
     def choose() -> dict[str, Pattern]:
-        return select(model, setting.batches(batches), density=density, seed=setting.seed, loss_fn=loss_of, **selection)
+        return select(
+            model, setting.batches(batches), density=density, seed=setting.seed, loss_fn=loss_of,
+            allocation=allocation, train_norms=train_norms, train_targets=train_targets, **selection,
+        )  # fmt: skip
 
     def warm_up() -> None:
         warm = Trainable(model, sparseft.SparseAdamW(model, lr=setting.rate), sparseft.parameters(model))
         train(warm, setting.batches(score_after), replace(setting.schedule, steps=score_after))
 
     patterns = sparseft.select_late(model, choose, warm_up) if score_after else choose()
-    if train_targets:
-        patterns |= _target_rows(model, setting.batches(batches), patterns)
     sparseft.sparsify(model, patterns)
     vectors = [c.values for c in selected(model).values() if c.weight.dim() == 1]
     others = [c.values for c in selected(model).values() if c.weight.dim() > 1]
@@ -181,21 +180,3 @@ def _peft(model: nn.Module, config: Any, setting: Setting) -> Trainable:
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
     return _masters(wrapped, setting)
-
-
-def _targets(model: nn.Module, batches: Sequence[Batch]) -> Targets:
-    """The target tokens of some batches, counted."""
-    found = output_embedding(model)
-    assert found is not None
-    targets = Targets(found[1])
-    for _ in targets.counted(batches):
-        pass
-    return targets
-
-
-def _target_rows(model: nn.Module, batches: Sequence[Batch], patterns: dict[str, Pattern]) -> dict[str, Pattern]:
-    found = output_embedding(model)
-    assert found is not None
-    tile = next(iter(patterns.values())).tile
-    rows = _targets(model, batches).pattern(sum(map(len, patterns.values())) // 10, tile)
-    return {} if rows is None else {found[0]: rows}
