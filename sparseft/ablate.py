@@ -61,7 +61,8 @@ def ablate(trials: Trials, steps: int) -> list[Ablation]:
     found = []
     for group, names in parts.items():
         trials.display.stage(f"Train {group} alone ({len(names)} weights)")
-        outcome = trials(replace(trials.config.sparse, include=names, exclude=None), steps)
+        alone = replace(trials.config.sparse, include=names, exclude=None, train_norms=False, train_targets=False)
+        outcome = trials(alone, steps)
         found.append(Ablation(group, sum(weights[name].numel() for name in names), outcome))
         trials.display.note(f"loss {outcome.loss:.4f}, gain {outcome.gain:.4f} by {outcome.changed:,} changed weights")
     return sorted(found, key=lambda one: -one.per_million)

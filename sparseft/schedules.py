@@ -111,7 +111,7 @@ class Schedule:
         steps: optimizer steps of the whole training.
         loss_fn: as in `select`. `seed`: likewise; the number of the step is added to it.
         selection: further arguments of `select`, for SelectAgain. Weights that these do not make eligible, such as
-            embedding rows chosen otherwise, keep their entries.
+            norm vectors and rows of target tokens, keep their entries.
 
     Attributes:
         step_count: optimizer steps so far.
@@ -134,7 +134,8 @@ class Schedule:
             raise TypeError(f"{', '.join(selection)}: arguments of select go with SelectAgain, got {plan}")
         self.model, self.optimizer, self.plan, self.steps = model, optimizer, plan, steps
         self.step_count = 0
-        self._loss_fn, self._seed, self._selection = loss_fn, seed, selection
+        self._loss_fn, self._seed = loss_fn, seed
+        self._selection = selection | {"train_norms": False, "train_targets": False}  # what trains whole stays
 
     @property
     def due(self) -> bool:

@@ -167,7 +167,7 @@ def start(tmp_path_factory) -> Path:
 
 
 def config(start: Path, **fields) -> RunConfig:
-    sparse = SparseConfig(density=0.1, tile=(8, 8), batches=2)
+    sparse = SparseConfig(density=0.1, tile=(8, 8), batches=2, train_norms=False, train_targets=False)
     return RunConfig(**({"model": str(start / "model"), "data": str(start / "train.jsonl"), "device": "cpu",
                          "batch_size": 4, "sparse": sparse} | fields))  # fmt: skip
 
@@ -184,7 +184,7 @@ def test_trials_start_from_the_same_weights_and_repeat(start):
     assert (first.loss, first.changed, first.entries) == (again.loss, again.changed, again.entries)
     assert first.loss != other.loss
     assert again.select_seconds == 0 < first.select_seconds
-    assert 0 < first.changed <= first.entries == round(0.1 * sum(w.numel() for w in trials.weights.values()))
+    assert 0 < first.changed <= first.entries == sum(round(0.1 * w.numel()) for w in trials.weights.values())
     assert first.gain == trials.start - first.loss > 0
     with pytest.raises(ValueError, match="matches no weight"):  # what fails leaves the model as it was
         trials(replace(trials.config.sparse, include="nothing"), 1)
@@ -239,7 +239,7 @@ def test_ablate_ranks_groups(start):
     assert ranks == sorted(ranks, reverse=True)
     model = llama()
     for row in rows:
-        assert row["entries"] == round(0.1 * row["weights"])
+        assert row["entries"] == pytest.approx(0.1 * row["weights"], abs=len(model.model.layers) * 4)  # rounded each
         assert row["gain_per_million"] == pytest.approx(1e6 * row["gain"] / row["changed"])
         if len(row["group"]) == 1:
             kind = f"{row['group']}_proj.weight"
@@ -252,8 +252,11 @@ def test_sweep_goes_over_all_pairs(start):
          "--tile-budget", 1.0)  # fmt: skip
     points = json.loads((start / "sweep" / "sweep.json").read_text())["points"]
     assert [(p["density"], p["tile_budget"]) for p in points] == [(0.05, 0.3), (0.05, 1.0), (0.2, 0.3), (0.2, 1.0)]
-    total = sum(w.numel() for name, w in llama().named_parameters() if "_proj" in name)
-    assert [p["entries"] for p in points] == [round(d * total) for d in (0.05, 0.05, 0.2, 0.2)]
+    norms = sum(w.numel() for w in llama().parameters() if w.dim() == 1)
+    assert len({p["entries"] for p in points}) == 2
+    for point in points:  # the rows of the answers' words are a tenth at most
+        chosen = sum(round(point["density"] * w.numel()) for n, w in llama().named_parameters() if "_proj" in n)
+        assert chosen < point["entries"] - norms <= 1.1 * chosen
     assert all(0 < p["tile_share"] <= 1 for p in points)
 
 
