@@ -70,8 +70,9 @@ class SparseConfig:
             raise ValueError(f"score_after must not be negative, got {self.score_after}")
         if self.structure not in (None, "entries") and isinstance(self.refresh, DropAndGrow):
             raise ValueError(f"refresh: DropAndGrow moves single entries, and structure is {self.structure!r}")
-        structures = STRUCTURES if self.structure is not None else (None,)
-        for name, known in (("criterion", CRITERIA), ("allocation", ALLOCATIONS), ("structure", structures),
+        if self.structure is not None and self.structure not in STRUCTURES:
+            raise ValueError(f"structure must be one of {sorted(STRUCTURES)}, got {self.structure!r}")
+        for name, known in (("criterion", CRITERIA), ("allocation", ALLOCATIONS),
                             ("decay_to", ("pretrained", "zero")), ("on_nonfinite", ("skip", "raise"))):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {sorted(known)}, got {getattr(self, name)!r}")

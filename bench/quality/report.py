@@ -109,7 +109,7 @@ def _differences(rows: Sequence[Row]) -> str:
 def _mean_loss(rows: Sequence[Row], others: Sequence[Row]) -> float:
     """Over the seeds that `others` have too."""
     seeds = {row["seed"] for row in others}
-    losses = [row.get("loss", row.get("validation_loss")) for row in rows if row["seed"] in seeds]
+    losses = [row["loss"] if "loss" in row else row["validation_loss"] for row in rows if row["seed"] in seeds]
     return sum(losses) / len(losses)
 
 
