@@ -301,6 +301,7 @@ def test_hypotheses_are_screened_at_the_rate_of_the_default():
     assert {run.steps for run in screened} == {scale.tune_steps}
     varied = {v.name for h in hypotheses.HYPOTHESES for v in h.variants}
     assert {(run.variant.name, run.seed) for run in screened} >= set(itertools.product(varied, scale.seeds))
+    assert {run.seed for run in screened if run.variant.name == "sparse-1%"} == {1}  # with seed 0 it was tuned so
     assert {run.task for run in screened} == {"toy"}
 
 

@@ -125,11 +125,14 @@ def _ordered(rows: Sequence[Row], scale: Scale) -> Iterator[Run]:
 
 
 def _screened(rows, scale: Scale, task: str) -> Iterator[Run]:
-    """Every variant of every hypothesis beside its base, seed by seed, all sparse ones at the rate of SPARSE."""
+    """Every variant of every hypothesis beside its base, seed by seed, all sparse ones at the rate of SPARSE.
+
+    For the first seed the base's tuning at that rate is the same run.
+    """
     claims = {v.name: v for v in CLAIMS}
     for seed in scale.seeds[: scale.screen]:
         for h in HYPOTHESES:
-            bases = [claims[h.base]] if h.base in claims else []
+            bases = [claims[h.base]] if seed != scale.seeds[0] else []
             for variant in (*bases, *h.variants):
                 rate, _ = choose_rate(rows, scale, claims.get(variant.name, SPARSE), task)
                 if rate is not None:

@@ -64,7 +64,7 @@ def summary(rows: Sequence[Row]) -> str:
         equal = "time" if role == "time" else "steps"
         parts += [f"### {task}, equal {equal} ({study})", "", _variants(mine), ""]
     for role, where in (("screen", "short runs at one rate, validation part"), ("test", "test part")):
-        if found := _differences([r for r in worked if r["role"] == role]):
+        if found := _differences([r for r in worked if r["role"] == role], [r for r in worked if r["role"] == "tune"]):
             parts += [f"### Hypotheses, difference to the paired variant ({where})", "", found, ""]
     if tuned := _rates([r for r in worked if r["role"] == "tune"]):
         parts += ["### Rates, accuracy on the validation part after the short runs", "", tuned, ""]
@@ -88,13 +88,17 @@ def _variants(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _differences(rows: Sequence[Row]) -> str:
+def _differences(rows: Sequence[Row], tuned: Sequence[Row]) -> str:
+    """`tuned`: what stands in for a base's short run where there is none: its tuning at the same rate."""
     lines = []
     for h in HYPOTHESES:
         for variant in h.variants:
             for study, task in _distinct((r["study"], r["task"]) for r in rows if r["variant"] == variant.name):
                 here = [r for r in rows if (r["study"], r["task"]) == (study, task)]
                 mine, base = ([r for r in here if r["variant"] == name] for name in (variant.name, h.base))
+                if mine[0]["role"] == "screen":
+                    base = base + [r for r in tuned if (r["variant"], r["study"], r["task"], r["rate"]) ==
+                                   (h.base, study, task, mine[0]["rate"])]  # fmt: skip
                 found = paired(mine, base)
                 if found is not None:
                     mean, half, seeds = found
