@@ -85,7 +85,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis(
         "H01-allocation", "A global budget piles up in a few matrices, and the others cannot learn", "sparse-1%",
         (variation("global", allocation="global"), variation("per-kind", allocation="kind"),
-         variation("mixed-50%", allocation="mixed")),
+         variation("mixed-50%", allocation="mixed"), variation("per-row", allocation="row")),
     ),
     Hypothesis(
         "H02-norms", "The norm vectors are too few to matter in the budget and move what no weight moves", "sparse-1%",
@@ -148,15 +148,17 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     ),
     Hypothesis(
         "H15-reselect", "Selecting again during training, moments and ages carried, mends a wrong first mask",
-        "sparse-1%", (), needs="re-selection and drop-and-grow in SparseAdamW",
+        "sparse-1%",
+        (variation("drop-and-grow", refresh="rigl"), variation("select-again", refresh="select"),
+         variation("spiel", refresh="spiel")),
     ),
     Hypothesis(
         "H16-lora-warm-up", "A short LoRA phase shows which entries the task needs (RoSA)", "sparse-1%",
-        (), needs="scores from a dense change: a criterion on (weight after - weight before) of a LoRA phase",
+        (), needs="scores from the change that a LoRA phase makes (`lottery` scores a dense phase)",
     ),
     Hypothesis(
         "H17-rows-and-columns", "A few rows and a few columns of the same matrix beat either", "sparse-1%",
-        (), needs="structure 'rows and columns' in select",
+        (variation("rows-and-columns", structure="rows-and-columns"),),
     ),
     Hypothesis(
         "H18-rounding", "bf16 weights lose part of each small step", "sparse-1%",

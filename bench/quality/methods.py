@@ -15,6 +15,7 @@ import sparseft
 from bench.quality.training import Batch, Schedule, loss_of, train
 from sparseft.layers import selected
 from sparseft.pattern import Pattern
+from sparseft.schedules import PLANS, SelectAgain
 from sparseft.selection import eligible, select
 from sparseft.selection.targets import SHARE, Targets
 
@@ -39,6 +40,7 @@ class Trainable:
     model: nn.Module
     optimizer: torch.optim.Optimizer | None
     parameters: list[nn.Parameter]
+    after_step: Callable[[Batch], Any] | None = None  # called after every step with the batch it was made of
 
     @property
     def count(self) -> int:
@@ -118,7 +120,8 @@ def sparse(
     model: nn.Module, setting: Setting, *,
     density: float = 0.01, as_lora: int = 0, batches: int = SELECTION_BATCHES, score_after: int = 0,
     weight_decay: float = 0.01, betas: tuple[float, float] = (0.9, 0.999), vector_rate: float = 1.0,
-    allocation: str = "global", train_norms: bool = False, train_targets: bool = False, **selection: Any,
+    refresh: str = "", every: int = 20, allocation: str = "global", train_norms: bool = False,
+    train_targets: bool = False, **selection: Any,
 ) -> Trainable:  # fmt: skip
     """sparseft.
 
@@ -127,6 +130,8 @@ def sparse(
         batches: of the training data, for the selection.
         score_after: first train so many steps with a first selection, select on what came out, and start again
             from the pretrained weights at the new entries.
+        refresh: a name in `sparseft.schedules.PLANS`: let the entries move so, every `every` steps, by the gradients
+            of the step's batch.
         vector_rate: factor on the rate of norm and bias vectors (with `train_norms`).
         allocation, train_norms, train_targets, selection: as in `sparseft.select`.
     """
@@ -149,7 +154,14 @@ def sparse(
     others = [c.values for c in selected(model).values() if c.weight.dim() > 1]
     groups = [{"params": others}, {"params": vectors, "lr": vector_rate * setting.rate}] if vectors else others
     optimizer = sparseft.SparseAdamW(groups, lr=setting.rate, betas=betas, weight_decay=weight_decay)
-    return Trainable(model, optimizer, sparseft.parameters(model))
+    if not refresh:
+        return Trainable(model, optimizer, sparseft.parameters(model))
+    plan = replace(PLANS[refresh], every=every)
+    again = {"density": density, "allocation": allocation, **selection} if isinstance(plan, SelectAgain) else {}
+    schedule = sparseft.Schedule(
+        model, optimizer, plan, setting.schedule.steps, loss_fn=loss_of, seed=setting.seed, **again
+    )
+    return Trainable(model, optimizer, sparseft.parameters(model), lambda batch: schedule.step([batch]))
 
 
 METHODS: dict[str, Callable[..., Trainable]] = {

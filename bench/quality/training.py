@@ -109,6 +109,8 @@ def train(
         torch.nn.utils.clip_grad_norm_(trainable.parameters, schedule.clip)
         optimizer.step()
         optimizer.zero_grad()
+        if trainable.after_step is not None:
+            trainable.after_step(batch)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise FloatingPointError(f"step {step}: the loss is {losses[-1]}")
