@@ -128,7 +128,7 @@ class _Sparse(_Swapped):
     def _linear(self, input: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         saved, rows, cols = None, self.rows, self.cols
         trains = torch.is_grad_enabled() and self.values.requires_grad
-        if trains and not torch.compiler.is_compiling() and type(x) is Tensor:
+        if trains and not torch.compiler.is_compiling() and type(x) is Tensor and not x.is_meta:
             saved, order = self._input.save(self, input, x)
             rows, cols = (order, cols) if self.transposed else (rows, order)
         entries = rows, cols, self.tiles, self.local, self._tile
@@ -199,13 +199,16 @@ def _prepare(known: dict[str, nn.Parameter], patterns: dict[str, Pattern]) -> Pr
 
 
 def _attach_all(model: nn.Module, prepared: Prepared, users: Users) -> None:
+    get_head = getattr(model, "get_output_embeddings", None)  # transformers' models have it
+    head = getattr(get_head() if callable(get_head) else None, "weight", None)
     for name, pattern, values, base in prepared:
         module_name, _, leaf = name.rpartition(".")
-        _attach(model.get_submodule(module_name), leaf, pattern, values, base, users)
+        own_head = head is not None and head is not model.get_parameter(name)
+        _attach(model.get_submodule(module_name), leaf, pattern, values, base, users, own_head)
     share_inputs(model)
     # DistributedDataParallel: patterns are equal on all ranks, and int16 cannot be broadcast
     ours = {id(tensor) for chosen in selected(model).values() for tensor in (*chosen.pattern.layout[:4], chosen.base)}
-    ignored = [name for name, buffer in model.named_buffers() if id(buffer) in ours]
+    ignored = [name for name, buffer in model.named_buffers(remove_duplicate=False) if id(buffer) in ours]
     model._ddp_params_and_buffers_to_ignore = ignored
 
 
@@ -424,7 +427,9 @@ def check_pattern(model: nn.Module, name: str, pattern: Pattern, known: dict[str
             raise ValueError(f"patterns[{name!r}]: its module has an attribute {_stem(leaf) + attribute!r} already")
 
 
-def _attach(module: nn.Module, name: str, pattern: Pattern, values: nn.Parameter, base: Tensor, users: Users) -> None:
+def _attach(
+    module: nn.Module, name: str, pattern: Pattern, values: nn.Parameter, base: Tensor, users: Users, own_head: bool
+) -> None:
     weight, stem = getattr(module, name), _stem(name)
     for tensor in TENSORS:
         module.register_buffer(stem + tensor, getattr(pattern, tensor), persistent=False)
@@ -433,7 +438,7 @@ def _attach(module: nn.Module, name: str, pattern: Pattern, values: nn.Parameter
     if not hasattr(module, "_sparseft"):
         module._sparseft = {}
     others = [user for user in users[weight] if user != (module, name)]
-    sparse_class, tied = _sparse_class(module, name, pattern, others)
+    sparse_class, tied = _sparse_class(module, name, pattern, others, own_head)
     if sparse_class is not None:
         _swap(module, sparse_class, pattern.tile)
     else:
@@ -461,6 +466,7 @@ def _attach_tied(head: nn.Module, pattern: Pattern, values: nn.Parameter) -> lis
     return [
         head.register_state_dict_post_hook(partial(_leave_out, "values")),
         head.register_load_state_dict_pre_hook(partial(_not_missing, "values")),
+        head.register_load_state_dict_post_hook(_refresh_owner),  # its name may be the only one in a state_dict
     ]
 
 
@@ -471,14 +477,16 @@ def _swap(module: nn.Module, sparse_class: type, tile: tuple[int, int]) -> None:
 
 
 def _sparse_class(
-    module: nn.Module, name: str, pattern: Pattern, others: list[tuple[nn.Module, str]]
+    module: nn.Module, name: str, pattern: Pattern, others: list[tuple[nn.Module, str]], own_head: bool
 ) -> tuple[type | None, list[nn.Module]]:
     """The sparse counterpart of exactly this class, None if it has none (subclasses may compute otherwise); and the
-    linear layers that share the weight of an embedding."""
+    linear layers that share the weight of an embedding. `own_head`: the model's output head has another weight."""
     if name != "weight":
         return None, []
     heads = [other for other, its_name in others if type(other) is nn.Linear and its_name == "weight"]
-    if trains_by_rows(module, pattern) and len(heads) == len(others) and not any(map(_has_attributes, heads)):
+    # an embedding whose weight is the head's too, but no layer's, would miss that part of its gradient
+    known = bool(heads) or own_head
+    if known and trains_by_rows(module, pattern) and len(heads) == len(others) and not any(map(_has_attributes, heads)):
         return SparseEmbedding, heads
     if others:
         return None, []
@@ -533,6 +541,12 @@ def _refresh(name: str, module: nn.Module, incompatible_keys: object) -> None:
     """Loaded weights become the leaf's values."""
     bind(module, name)  # assign=True brings a new weight, without hooks
     refresh_values(_describe(module, name))
+
+
+def _refresh_owner(head: nn.Module, incompatible_keys: object) -> None:
+    chosen = owner(head.values)
+    if chosen is not None and chosen.weight is head.weight:
+        refresh_values(chosen)
 
 
 def _write(module: nn.Module, name: str) -> None:

@@ -246,6 +246,8 @@ class SparseAdamW(Optimizer):
             if chosen is None or chosen.pattern.digest != entry["digest"]:
                 raise ValueError(f"state_dict: leaf {number} was saved for another pattern than this optimizer's")
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "sparse"})
+        for group in self.param_groups:
+            group.setdefault("rounding_seed", self.defaults["rounding_seed"])  # states of sparseft 0.1.0 lack it
         with torch.no_grad():
             for number, entry in saved.items():
                 leaf = leaves[number]
@@ -257,7 +259,7 @@ class SparseAdamW(Optimizer):
                         self.state[leaf][name] = moment.to(leaf.device, moment.dtype, copy=True)
                 chosen.base.copy_(entry["base"])
                 if not self._drop_in:
-                    keep_left_(chosen, entry["left"])
+                    keep_left_(chosen, entry.get("left"))
                 scatter_delta_(chosen.weight, leaf, chosen.pattern, "copy")
                 if "step" in self.state[leaf]:
                     self.state[leaf]["step"] = self.state[leaf]["step"].to(leaf.device, torch.int64)

@@ -86,6 +86,8 @@ def reselect(
         sparsify_more(model, further)
         if optimizer is not None:
             _insert(selected(model), further, optimizer)
+    if optimizer is not None:
+        optimizer._drop_masters()
     return Moved(stayed, entered + sum(map(len, further.values())), left)
 
 

@@ -38,6 +38,7 @@ class SharedInput:
         self._union: Tensor | None = None
         self._places: list[Tensor] = []
         self._last: tuple | None = None
+        self._served: set[int] = set()  # the layers that have got the last one's columns
 
     def __getstate__(self) -> dict:
         return {"layers": self._layers, "whole": self._whole}
@@ -59,15 +60,16 @@ class SharedInput:
         orders = [input_order(one) for one in self._layers]
         if len(orders) != len(self._orders) or any(a is not b for a, b in zip(orders, self._orders, strict=True)):
             self._plan(orders, x.shape[-1])
-        number = next(i for i, one in enumerate(self._layers) if one is layer)
-        if self._union is None:
-            return None, orders[number]
+        number = next((i for i, one in enumerate(self._layers) if one is layer), None)
+        if number is None or self._union is None:  # not one of them: a replica, which shares its original's attributes
+            return None, input_order(layer)
         last = self._last
-        if last is None or last[0]() is not input or last[1:3] != (_version(input), x.dtype):
+        if last is None or last[0]() is not input or last[1:3] != (_version(input), x.dtype) or number in self._served:
             kept = columns(x.detach().reshape(-1, x.shape[-1]), self._union)
             # with the input go its columns; who saved them keeps them
             last = weakref.ref(input, self._drop), _version(input), x.dtype, kept
-            self._last = last
+            self._last, self._served = last, set()
+        self._served.add(number)  # once: a second call is another forward pass, and may come after a silent write
         return last[3], self._places[number]
 
     def _plan(self, orders: list[Tensor], width: int) -> None:

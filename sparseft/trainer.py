@@ -118,6 +118,9 @@ class SparseTrainer(Trainer):
         if args.learning_rate <= DENSE_LEARNING_RATE:
             warnings.warn(f"learning_rate={args.learning_rate:g} suits dense fine-tuning; a sparse change of 1 % wants "
                           "about 2e-3 (the default of SparseTrainingArguments)", stacklevel=2)  # fmt: skip
+        if getattr(args, "use_liger_kernel", False):
+            raise ValueError("use_liger_kernel: its fused loss reads the output head's weight itself, without calling the "
+                             "layer, so that the selected rows would get no gradient")  # fmt: skip
         self.sparse = SparseConfig() if sparse is None else sparse
         self.optimizer: torch.optim.Optimizer | None = None
         self._scoring_loader: Iterable[Any] | None = None
@@ -342,5 +345,5 @@ def _saved_leaves(checkpoint: Path) -> dict[str, _SavedLeaf]:
     for number, saved in state["sparse"].items():
         tensors = saved["pattern"]
         pattern = Pattern(tuple(tensors["shape"]), tuple(tensors["tile"]), *(tensors[name] for name in TENSORS))
-        leaves[names[number]] = _SavedLeaf(pattern.validate(), saved["base"], saved["left"])
+        leaves[names[number]] = _SavedLeaf(pattern.validate(), saved["base"], saved.get("left"))
     return leaves

@@ -217,3 +217,33 @@ def test_training_and_densify_with_shared_memory():
     assert len({c.base.untyped_storage().data_ptr() for c in after.values()}) == 1
     densify(model)
     assert not any(hasattr(layer, "_input") for layer in model.modules())
+
+
+def test_a_second_call_does_not_get_the_first_ones_columns():
+    """Writes that autograd's version counter does not see: a buffer shared with numpy, and `.data`."""
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 8)
+    dense = copy.deepcopy(layer)
+    mask = torch.zeros(8, 16, dtype=torch.bool)
+    mask[::2, :4] = True
+    pattern = Pattern.from_mask(mask, tile=(8, 8))
+    sparsify(layer, {"weight": pattern})
+    buffer = torch.randn(5, 16).numpy()
+    x = torch.from_numpy(buffer)
+    for write in (lambda: None, lambda: buffer.__setitem__(slice(None), 3 * buffer[::-1]),
+                  lambda: setattr(x, "data", torch.randn(9, 16))):  # fmt: skip
+        write()
+        layer.zero_grad()
+        dense.zero_grad()
+        layer(x).square().sum().backward()
+        dense(x).square().sum().backward()
+        assert torch.allclose(layer.values.grad, pattern.gather(dense.weight.grad), rtol=1e-5, atol=1e-4)
+
+
+def test_copies_that_share_attributes_and_the_meta_device():
+    layer = nn.Linear(16, 8)
+    mask = torch.zeros(8, 16, dtype=torch.bool)
+    mask[:, :4] = True
+    sparsify(layer, {"weight": Pattern.from_mask(mask, tile=(8, 8))})
+    assert torch.equal(copy.copy(layer)(torch.ones(2, 16)), layer(torch.ones(2, 16)))
+    assert layer.to("meta")(torch.empty(3, 16, device="meta")).shape == (3, 8)

@@ -128,15 +128,27 @@ def test_the_gradient_is_the_dense_ones_entries(tied, what, dtype):
         assert float((chosen.values.grad - expected[name]).abs().max() / scale) <= tolerance, name
 
 
+class WithHead(nn.Module):
+    """A model whose output head has a weight of its own."""
+
+    def __init__(self, embedding: nn.Embedding):
+        super().__init__()
+        self.embedding, self.head = embedding, nn.Linear(8, 40, bias=False)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
 def test_padding_gets_no_gradient_through_the_embedding():
     torch.manual_seed(0)
-    embedding = nn.Embedding(40, 8, padding_idx=3)
+    net = WithHead(nn.Embedding(40, 8, padding_idx=3))
     ids = torch.tensor([[3, 5, 3, 7]])
     mask = torch.zeros(40, 8, dtype=torch.bool)
     mask[[3, 5]] = True
-    sparsify(embedding, {"weight": Pattern.from_mask(mask, tile=(8, 8))})
-    embedding(ids).sum().backward()
-    assert selected(embedding)["weight"].values.grad.tolist() == [0.0] * 8 + [1.0] * 8
+    sparsify(net, {"embedding.weight": Pattern.from_mask(mask, tile=(8, 8))})
+    assert type(net.embedding) is SparseEmbedding
+    net.embedding(ids).sum().backward()
+    assert selected(net)["embedding.weight"].values.grad.tolist() == [0.0] * 8 + [1.0] * 8
 
 
 def test_embeddings_that_compute_otherwise_are_gathered():
@@ -149,10 +161,21 @@ def test_embeddings_that_compute_otherwise_are_gathered():
     for made in (Scaled(40, 8), nn.Embedding(40, 8, scale_grad_by_freq=True), nn.Embedding(40, 8, max_norm=9.0)):
         kind, expected = type(made), copy.deepcopy(made)
         expected(torch.tensor([5, 5, 1])).sum().backward()
-        sparsify(made, {"weight": Pattern.from_mask(mask, tile=(8, 8))})
+        net = sparsify(WithHead(made), {"embedding.weight": Pattern.from_mask(mask, tile=(8, 8))})
         made(torch.tensor([5, 5, 1])).sum().backward()
         assert type(made) is kind
-        assert torch.equal(selected(made)["weight"].values.grad, expected.weight.grad[5])
+        assert torch.equal(selected(net)["embedding.weight"].values.grad, expected.weight.grad[5])
+
+
+def test_a_head_that_is_no_layer_gets_its_part_of_the_gradient():
+    embedding = nn.Embedding(40, 8)
+    ids, mask = torch.tensor([5, 7]), torch.zeros(40, 8, dtype=torch.bool)
+    mask[[5, 9]] = True
+    expected = copy.deepcopy(embedding)
+    (expected(ids) @ expected.weight.T).square().sum().backward()
+    sparsify(embedding, {"weight": Pattern.from_mask(mask, tile=(8, 8))})
+    (embedding(ids) @ embedding.weight.T).square().sum().backward()
+    assert torch.allclose(selected(embedding)["weight"].values.grad, expected.weight.grad[[5, 9]].flatten())
 
 
 def test_training_moves_the_one_tied_weight_as_dense_training_of_these_rows():
@@ -224,6 +247,36 @@ def test_a_compiled_model_has_no_graph_break():
     assert torch.allclose(loss, expected.loss)
     loss.backward()
     assert selected(net)[EMBEDDING].values.grad.abs().sum() > 0
+
+
+def test_an_excluded_embedding_is_left_alone():
+    net = model()
+    settings = {"density": 0.1, "tile": (8, 8)}
+    for exclude in ("embed_tokens", ["lm_head"]):
+        assert EMBEDDING not in select(net, [batch()], exclude=exclude, **settings)
+        with pytest.raises(ValueError, match="train_targets: exclude=.* leaves out the output embedding"):
+            select(net, [batch()], exclude=exclude, train_targets=True, **settings)
+
+
+def test_an_embedding_that_cannot_train_is_not_chosen():
+    net = model(tied=False)
+    net.lm_head.weight = nn.Parameter(torch.randn(net.config.hidden_size, net.config.vocab_size).double().T)
+    assert "lm_head.weight" not in select(net, [batch()], density=0.1, tile=(8, 8))
+
+
+def test_weights_loaded_under_the_heads_name_alone_become_the_values():
+    net = sparsify(model(), patterns_of(model(), masks(model())["rows"]))
+    loaded = torch.randn_like(net.lm_head.weight)
+    net.load_state_dict({"lm_head.weight": loaded}, strict=False)
+    chosen = selected(net)[EMBEDDING]
+    assert torch.equal(chosen.values, chosen.pattern.gather(loaded))
+
+
+def test_the_heads_pattern_is_left_out_of_what_ddp_broadcasts():
+    net = sparsify(model(), patterns_of(model(), masks(model())["rows"]))
+    net._apply(lambda tensor: tensor.clone())  # as .to("cuda"): tied buffers become two
+    int16 = {name for name, buffer in net.named_buffers() if buffer.dtype == torch.int16}
+    assert "lm_head.local" in int16 <= set(net._ddp_params_and_buffers_to_ignore)
 
 
 def test_drop_and_grow_leaves_whole_rows_alone():

@@ -27,7 +27,7 @@ from sparseft.selection.structured import BlockBudget, ChannelBudget, Couple, Su
 from sparseft.selection.targets import SHARE, Targets, output_embedding
 from sparseft.selection.topk import StreamingTopK
 from sparseft.selection.twice import TwiceBudget
-from sparseft.selection.weights import eligible, vectors
+from sparseft.selection.weights import eligible, is_meant, vectors
 
 __all__ = [
     "ALLOCATIONS",
@@ -116,7 +116,7 @@ def select(
         train_targets: also select, on top, the rows of the output embedding of the most frequent tokens among the
             batches' "labels", at most a tenth as many entries as otherwise: they are what says these words, and no
             change of the layers learns it as fast (docs/quality.md). None: where there are labels and the model has
-            such an embedding.
+            such an embedding, which `exclude` leaves.
         loss_fn: (model, batch) -> scalar loss.
         seed: for random scores, and for dropout during the backward passes.
 
@@ -132,7 +132,7 @@ def select(
     shape = rule.structure if structure is None else structure
     _check(density, k, tile, tile_budget, _allocation(allocation), shape)
     _check_batches(rule, batches, memory)
-    targets = _targets(model, batches, train_targets)
+    targets = _targets(model, batches, train_targets, exclude)
     batches = batches if targets is None else targets[1]
     weights = eligible(model, include, exclude)
     if not weights:
@@ -184,9 +184,15 @@ def select(
     return {name: patterns[name] for name, _ in model.named_parameters() if name in patterns}
 
 
-def _targets(model: nn.Module, batches: Any, wanted: bool | None) -> tuple[str, Targets] | None:
+def _targets(
+    model: nn.Module, batches: Any, wanted: bool | None, exclude: str | Sequence[str] | None
+) -> tuple[str, Targets] | None:
     """The output embedding's name, and the batches as ones that count; None where no rows shall be or can be chosen."""
     found = None if wanted is False else output_embedding(model)
+    if found is not None and exclude is not None and is_meant(model, found[1], exclude):
+        if wanted:
+            raise ValueError(f"train_targets: exclude={exclude!r} leaves out the output embedding {found[0]}")
+        return None
     if wanted and found is None:
         raise ValueError(f"train_targets: {type(model).__name__} has no get_output_embeddings() with a weight")
     if wanted and batches is None:

@@ -79,4 +79,5 @@ def output_embedding(model: nn.Module) -> tuple[str, nn.Parameter] | None:
     head = get_head() if callable(get_head) else None
     weight = getattr(head, "weight", None)
     names = [name for name, parameter in model.named_parameters() if parameter is weight]
-    return (names[0], weight) if names else None
+    usable = names and weight.dim() == 2 and weight.is_floating_point() and weight.is_contiguous()
+    return (names[0], weight) if usable else None

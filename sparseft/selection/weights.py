@@ -67,6 +67,12 @@ def vectors(model: nn.Module, exclude: str | Sequence[str] | None = None) -> dic
     }
 
 
+def is_meant(model: nn.Module, weight: nn.Parameter, patterns: str | Sequence[str]) -> bool:
+    """Whether any name of a weight (tied ones have several) matches one of the patterns of `include` or `exclude`."""
+    names = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
+    return any(_matches(name, pattern) for name in names for pattern in _several(patterns))
+
+
 def _left_out(model: nn.Module) -> set[int]:
     """The ids of embeddings, output head and normalisation parameters."""
     modules = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) or _is_norm(m)]
