@@ -119,8 +119,8 @@ class SparseTrainer(Trainer):
             warnings.warn(f"learning_rate={args.learning_rate:g} suits dense fine-tuning; a sparse change of 1 % wants "
                           "about 2e-3 (the default of SparseTrainingArguments)", stacklevel=2)  # fmt: skip
         if getattr(args, "use_liger_kernel", False):
-            raise ValueError("use_liger_kernel: its fused loss reads the output head's weight itself, without calling the "
-                             "layer, so that the selected rows would get no gradient")  # fmt: skip
+            raise ValueError("use_liger_kernel: its fused loss reads the output head's weight itself and does not call "
+                             "the layer: the selected rows would get no gradient")  # fmt: skip
         self.sparse = SparseConfig() if sparse is None else sparse
         self.optimizer: torch.optim.Optimizer | None = None
         self._scoring_loader: Iterable[Any] | None = None

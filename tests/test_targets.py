@@ -254,7 +254,7 @@ def test_an_excluded_embedding_is_left_alone():
     settings = {"density": 0.1, "tile": (8, 8)}
     for exclude in ("embed_tokens", ["lm_head"]):
         assert EMBEDDING not in select(net, [batch()], exclude=exclude, **settings)
-        with pytest.raises(ValueError, match="train_targets: exclude=.* leaves out the output embedding"):
+        with pytest.raises(ValueError, match=r"train_targets: exclude=.* leaves out the output embedding"):
             select(net, [batch()], exclude=exclude, train_targets=True, **settings)
 
 
