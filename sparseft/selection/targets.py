@@ -74,10 +74,11 @@ class Targets:
 
 
 def output_embedding(model: nn.Module) -> tuple[str, nn.Parameter] | None:
-    """The weight that makes logits, and its first name (an embedding's, where the two are tied); None without one."""
+    """The weight that makes logits, and its first name (an embedding's, where the two are tied); None where the model
+    has none that can train (it must be a contiguous matrix)."""
     get_head = getattr(model, "get_output_embeddings", None)  # transformers' models have it
-    head = get_head() if callable(get_head) else None
-    weight = getattr(head, "weight", None)
-    names = [name for name, parameter in model.named_parameters() if parameter is weight]
-    usable = names and weight.dim() == 2 and weight.is_floating_point() and weight.is_contiguous()
-    return (names[0], weight) if usable else None
+    head = getattr(get_head() if callable(get_head) else None, "weight", None)
+    if not isinstance(head, nn.Parameter) or head.dim() != 2:
+        return None
+    names = [name for name, parameter in model.named_parameters() if parameter is head]
+    return (names[0], head) if names and head.is_floating_point() and head.is_contiguous() else None
