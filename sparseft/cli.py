@@ -247,7 +247,7 @@ def train(
     first = "grad" if criterion == "auto" else criterion
     sparse = SparseConfig(density=density, criterion=first, tile=(tile, tile), tile_budget=tile_budget,
                           allocation=allocation, structure=structure, include=include, exclude=exclude,
-                          train_norms=train_norms, train_targets=train_targets,
+                          train_norms=train_norms, train_targets=None if train_targets else False,
                           batches=selection_batches, score_after=score_after,
                           refresh=_plan(refresh, refresh_every, leaving), decay_to=decay_to, seed=seed)  # fmt: skip
     config = finetune.RunConfig(
