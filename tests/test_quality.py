@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from bench.quality import hypotheses, plan, report, tasks
 from bench.quality.execute import Bench, execute, pack_hits
-from bench.quality.likelihood import Tree, answer, batches_by_length, encode, tree_likelihoods
+from bench.quality.likelihood import Tree, answer, batches_by_length, encode, text_loss, tree_likelihoods
 from bench.quality.methods import METHODS, MasterAdamW, Setting, rank_density
 from bench.quality.plan import Run, Scale, choose_rate, text, todo, tuning
 from bench.quality.store import Store
@@ -67,6 +67,20 @@ def test_a_trees_likelihoods_are_the_naive_ones(make, attention, ends):
             # fp32 logarithms of about 100 classes: about 12 tokens, each off by a few fp32 roundings of 5
             assert value == pytest.approx(naive(model, prompt, ids), abs=12 * 4 * 5 * 2**-24)
         assert len(tree.tokens) < len(prompt) + sum(len(label) + ends for label in item.labels)  # beginnings are shared
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 10_000])
+def test_the_loss_of_plain_text_is_the_naive_one_in_any_batches(tokens):
+    model, tokenizer = tiny.llama(dtype=torch.float64), tiny.tokenizer()
+    model.train()
+    texts = [item.prompt + item.labels[item.answer] for item in items(9)]
+    rows = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    assert len({len(row) for row in rows}) > 1
+    naive_losses = [-naive(model, row[:1], row[1:]) for row in rows]
+    expected = sum(naive_losses) / sum(len(row) - 1 for row in rows)
+    # fp32 logarithms of about 100 classes, each off by a few fp32 roundings of 5, and their fp32 sum
+    assert text_loss(model, tokenizer, texts, tokens=tokens) == pytest.approx(expected, rel=8 * 2**-24)
+    assert model.training
 
 
 def test_a_tree_shares_beginnings_and_keeps_its_branches_apart():
@@ -260,8 +274,8 @@ def test_the_schedule_warms_up_and_never_stands_still():
 # ---- plan, store, report ----------------------------------------------------------------------------------------
 
 MINI = Scale("mini", steps=4, batch=4, tune_steps=2, rates=2, extensions=1, validation_rows=0, test_rows=0,
-             other_rows=5, hellaswag_rows=4, seeds=(0, 1), tasks=("toy", "other"), claims=("sparse-1%", "lora-r8"),
-             tuned=(), screen=0, hypotheses=False, time_of="lora-r8")  # fmt: skip
+             other_rows=5, hellaswag_rows=4, text_rows=3, seeds=(0, 1), tasks=("toy", "other"),
+             claims=("sparse-1%", "lora-r8"), tuned=(), screen=0, hypotheses=False, time_of="lora-r8")  # fmt: skip
 
 
 def pretend(run: Run, accuracy: float, status: str = "ok") -> dict:

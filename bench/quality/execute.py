@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bench.machine import describe
-from bench.quality.likelihood import Answers, answer
+from bench.quality.likelihood import Answers, answer, text_loss
 from bench.quality.methods import METHODS, Setting
 from bench.quality.plan import Run
 from bench.quality.report import wilson
@@ -68,6 +68,8 @@ def execute(run: Run, bench: Bench, progress: Progress | None = None) -> Row:
                         "rows": len(found.hits), "hits": pack_hits(found.hits)}  # fmt: skip
             else:
                 row |= _test(run, bench, ask)
+            stories = _some(bench.general.test, scale.text_rows)
+            row["text_loss"] = text_loss(model, tokenizer, [item.prompt + item.labels[item.answer] for item in stories])
     except FloatingPointError as error:
         row["status"] = f"failed: {error}"
     for name, clock in (("prepare", prepare), ("train", training), ("evaluate", evaluation)):

@@ -1,10 +1,15 @@
-"""How likely each label is after its prompt: one row per question, the prompt and common beginnings computed once."""
+"""How likely each label is after its prompt: one row per question, the prompt and common beginnings computed once.
+
+And how likely plain text is.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from bench.quality.tasks import Item, Task
 
@@ -142,6 +147,29 @@ def answer(
             progress(task.name, done, len(items))
     model.train(was_training)
     return Answers(hits, sum(losses) / len(losses))
+
+
+@torch.inference_mode()
+def text_loss(model: nn.Module, tokenizer, texts: Sequence[str], *, tokens: int = 1024) -> float:
+    """Mean negative log likelihood of a token of plain text, in nats; what the model has forgotten raises it.
+
+    Args:
+        tokens: a batch has at most so many, padding included; one row at least.
+    """
+    device = next(model.parameters()).device
+    rows = [torch.tensor(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    for batch in batches_by_length([len(row) for row in rows], tokens):
+        ids = pad_sequence([rows[i] for i in batch], batch_first=True).to(device)
+        there = torch.arange(ids.shape[1])[None] < torch.tensor([len(rows[i]) for i in batch])[:, None]
+        follows = (there & there.roll(-1, dims=1)).to(device)  # the last position of a row has no next token
+        follows[:, -1] = False
+        logits = logits_at(model, follows, input_ids=ids, attention_mask=there.long().to(device))
+        total += F.cross_entropy(logits.float(), ids.roll(-1, dims=1)[follows], reduction="sum").item()
+    model.train(was_training)
+    return total / sum(len(row) - 1 for row in rows)
 
 
 def encode(tokenizer, item: Item, *, ends: bool) -> Tree:

@@ -21,6 +21,7 @@ class Scale:
         rates: how many rates every variant starts with. `extensions`: how many more it may try where the best one
             so far lies at the edge.
         validation_rows, test_rows, other_rows, hellaswag_rows: questions asked at most; 0: all.
+        text_rows: of HellaSwag's stories, read as plain text after every run.
         tasks: the first one is also that of the hypotheses.
         claims: names of the variants. `tuned`: names of variants of which only the best rate is asked.
         screen: how many seeds of each hypothesis's variants are compared with their base at the base's rate, over
@@ -38,6 +39,7 @@ class Scale:
     test_rows: int
     other_rows: int
     hellaswag_rows: int
+    text_rows: int
     seeds: tuple[int, ...]
     tasks: tuple[str, ...]
     claims: tuple[str, ...]
@@ -48,11 +50,11 @@ class Scale:
 
 
 FULL = Scale("full", steps=120, batch=16, tune_steps=60, rates=3, extensions=1, validation_rows=0, test_rows=0,
-             other_rows=400, hellaswag_rows=400, seeds=(0, 1, 2), tasks=("banking77", "arc_easy"),
+             other_rows=400, hellaswag_rows=400, text_rows=64, seeds=(0, 1, 2), tasks=("banking77", "arc_easy"),
              claims=tuple(v.name for v in CLAIMS),
              tuned=DENSITIES, screen=2, hypotheses=False, time_of="lora-r8")  # fmt: skip
 SMALL_SCALE = Scale("small", steps=24, batch=8, tune_steps=12, rates=2, extensions=0, validation_rows=40, test_rows=100,
-                    other_rows=40, hellaswag_rows=40, seeds=(0,), tasks=("banking77", "arc_easy"),
+                    other_rows=40, hellaswag_rows=40, text_rows=16, seeds=(0,), tasks=("banking77", "arc_easy"),
                     claims=SMALL, tuned=(), screen=0, hypotheses=False, time_of="")  # fmt: skip
 
 

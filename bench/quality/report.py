@@ -74,8 +74,8 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def _variants(rows: Sequence[Row]) -> str:
-    lines = ["| variant | values | rate | seeds | accuracy | other task | HellaSwag | CPU s / step | prepare CPU s |",
-             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| variant | values | rate | seeds | accuracy | other task | HellaSwag | text loss | CPU s / step | "
+             "prepare CPU s |", "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for (name,) in _distinct((r["variant"],) for r in rows):
         mine = [r for r in rows if r["variant"] == name]
         steps = sum(r["steps"] for r in mine)
@@ -83,7 +83,8 @@ def _variants(rows: Sequence[Row]) -> str:
         lines.append(
             f"| {name} | {mine[0].get('trained_values', 0):,.0f} | {mine[0]['rate']:.3g} | {len(mine)} | "
             + " | ".join(_percent([r[c] for r in mine]) for c in ("accuracy", "other_accuracy", "hellaswag_accuracy"))
-            + f" | {per_step} | {mean_and_half([r['prepare_cpu_s'] for r in mine])[0]:.1f} |"
+            + f" | {_mean(mine, 'text_loss')} | {per_step} | "
+            + f"{mean_and_half([r['prepare_cpu_s'] for r in mine])[0]:.1f} |"
         )
     return "\n".join(lines)
 
@@ -103,10 +104,11 @@ def _differences(rows: Sequence[Row], tuned: Sequence[Row]) -> str:
                 if found is not None:
                     mean, half, seeds = found
                     loss = _mean_loss(mine, base) - _mean_loss(base, mine)
+                    text = f"{_mean(mine, 'text_loss')} ({_mean(base, 'text_loss')})"
                     lines.append(f"| {h.name} | {variant.name} | {h.base} | {task} | {seeds} | "
-                                 f"{100 * mean:+.1f} ± {100 * half:.1f} | {loss:+.3f} |")  # fmt: skip
-    head = ["| hypothesis | variant | against | task | seeds | accuracy, points | loss of the right label |",
-            "|---|---|---|---|---|---|---|"]  # fmt: skip
+                                 f"{100 * mean:+.1f} ± {100 * half:.1f} | {loss:+.3f} | {text} |")  # fmt: skip
+    head = ["| hypothesis | variant | against | task | seeds | accuracy, points | loss of the right label | "
+            "text loss (the other's) |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     return "\n".join(head + lines) if lines else ""
 
 
@@ -129,6 +131,12 @@ def _rates(rows: Sequence[Row]) -> str:
         if lines
         else ""
     )
+
+
+def _mean(rows: Sequence[Row], column: str) -> str:
+    """Over the rows that have it; older ones have no text loss."""
+    values = [row[column] for row in rows if column in row]
+    return f"{mean_and_half(values)[0]:.2f}" if values else "-"
 
 
 def _percent(values: Sequence[float]) -> str:

@@ -12,7 +12,7 @@ COLUMNS = (
     "key", "study", "task", "variant", "method", "options", "role", "rate", "seed", "steps", "batch", "status",
     "trained_values", "train_loss", "validation_accuracy", "validation_loss",
     "accuracy", "low", "high", "rows", "loss", "other", "other_accuracy", "other_rows", "hellaswag_accuracy",
-    "hellaswag_rows", "prepare_wall_s", "prepare_cpu_s", "train_wall_s", "train_cpu_s", "evaluate_wall_s",
+    "hellaswag_rows", "text_loss", "prepare_wall_s", "prepare_cpu_s", "train_wall_s", "train_cpu_s", "evaluate_wall_s",
     "skipped_steps", "hits", "dtype", "cpu", "cores", "gpu", "python", "torch", "transformers", "commit", "finished",
 )  # fmt: skip
 NUMBERS = {name for name in COLUMNS if name.endswith(("_s", "_accuracy", "_loss", "_rows", "_values", "_steps"))} | {
