@@ -124,6 +124,13 @@ def reference(criterion: str, model, data, loss_fn) -> dict[str, np.ndarray]:
                 uncertainty = 0.85 * uncertainty + 0.15 * np.abs(s - importance)
             scores[name] = importance * uncertainty
         return scores
+    if criterion == "balanced":
+        scores = {}
+        for name, w in weights.items():
+            g = sum(each[name]).reshape(matrix_shape(w.shape))
+            spread = np.sqrt(np.outer((g**2).sum(1), (g**2).sum(0)))
+            scores[name] = np.abs(np.divide(g, spread, out=np.zeros_like(g), where=spread > 0)).reshape(w.shape)
+        return scores
     by_sum = {"grad": lambda g, w: g, "sift": lambda g, w: g, "taylor": lambda g, w: g * w,
               "snip": lambda g, w: g * w, "gallop": lambda g, w: g / (np.abs(w) + 1e-8)}  # fmt: skip
     return {name: np.abs(by_sum[criterion](sum(each[name]), w)) for name, w in weights.items()}
@@ -131,7 +138,16 @@ def reference(criterion: str, model, data, loss_fn) -> dict[str, np.ndarray]:
 
 # ---- criteria ---------------------------------------------------------------------------------------------------
 
-NEW = ("sift", "snip", "gallop", "fisher-sample", "spiel-ma", "losia", "lottery")  # the others: test_selection.py
+NEW = (
+    "sift",
+    "balanced",
+    "snip",
+    "gallop",
+    "fisher-sample",
+    "spiel-ma",
+    "losia",
+    "lottery",
+)  # the others: test_selection.py
 CASES = [(which, criterion) for criterion in NEW for which in ("mlp", "llama", "olmoe")]
 CASES += [(which, "fisher-token") for which in ("mlp", "llama", "gpt2")]
 

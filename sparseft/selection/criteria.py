@@ -43,6 +43,13 @@ def _taylor(name: str, weight: Tensor, total: Tensor, seed: int) -> Tensor:
     return total.mul_(weight)
 
 
+def _balanced(name: str, weight: Tensor, total: Tensor, seed: int) -> Tensor:
+    """g / sqrt(sum of g^2 over its row * sum of g^2 over its column); 0 in rows and columns without gradient."""
+    matrix = total.view(matrix_shape(weight.shape))
+    rows, columns = (matrix.square().sum(dim, keepdim=True).rsqrt_() for dim in (1, 0))
+    return matrix.mul_(rows.nan_to_num_(posinf=0.0)).mul_(columns.nan_to_num_(posinf=0.0)).view(weight.shape)
+
+
 def _wanda(name: str, weight: Tensor, total: Tensor, seed: int) -> Tensor:
     return weight.abs() * total.sqrt()
 
@@ -134,6 +141,9 @@ CRITERIA: dict[str, Criterion] = {
     "grad": Criterion(_total, _sum),
     # the same under SIFT's name (Song et al., 2024), which shares the entries by layer (allocation="layer")
     "sift": Criterion(_total, _sum),
+    # |sum over batches of g| over the square root of its factored second moment (Adafactor, Shazeer & Stern, 2018): large
+    # for its row and column. Few columns have most of |g|, those whose inputs are large for any text (docs/quality.md)
+    "balanced": Criterion(_balanced, _sum),
     # |w * sum over batches of g|: first-order Taylor (Molchanov et al., 2017)
     "taylor": Criterion(_taylor, _sum),
     # the same under the name of SNIP (Lee et al., 2019), as SHiRA-SNIP uses it
