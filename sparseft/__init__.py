@@ -6,6 +6,7 @@ from sparseft.delta import Delta
 from sparseft.layers import SparseLinear, densify, parameters, sparsify
 from sparseft.optim import SparseAdamW
 from sparseft.pattern import Pattern
+from sparseft.rates import param_groups
 from sparseft.reselection import patterns, reselect, select_late
 from sparseft.schedules import DropAndGrow, Schedule, SelectAgain
 from sparseft.selection import select
@@ -21,6 +22,7 @@ __all__ = [
     "backends",
     "densify",
     "ops",
+    "param_groups",
     "parameters",
     "patterns",
     "reselect",

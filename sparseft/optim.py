@@ -13,6 +13,7 @@ from sparseft.dropin import FirstBackward, free_others
 from sparseft.layers import Selected, keep_left_, owner, plain, selected
 from sparseft.ops import scatter_delta_
 from sparseft.pattern import TENSORS, Pattern, matrix_shape
+from sparseft.rates import DENSITY_POWER, param_groups
 from sparseft.selection import eligible
 
 
@@ -31,12 +32,15 @@ class SparseAdamW(Optimizer):
 
     Args:
         params: a model, leaves, named parameters, parameters or param groups.
-        lr: learning rate (float or 0-dim tensor). A sparse change wants a larger one than dense fine-tuning.
+        lr: learning rate (float or 0-dim tensor), a larger one than for dense fine-tuning. In the lean door, with a
+            model as `params`, it is the rate for one per cent of the entries, and `density_power` makes others of it;
+            see `sparseft.param_groups`. Otherwise it is the rate of all.
         betas, eps, maximize: as in `torch.optim.AdamW`.
         weight_decay: decoupled decay, of the selected entries only.
         decay_to: "pretrained" pulls towards the values before training, "zero" is the classic decay.
         density: share of the eligible weights to select (drop-in door only).
-        criterion: "grad" (|g|) or "taylor" (|w * g|). `allocation`: "global" or "layer". `tile`: tile shape.
+        criterion: "balanced", "grad" or "taylor", as in `sparseft.select`. `allocation`: "global" or "layer".
+        tile: tile shape.
         include, exclude: globs on parameter names, as in `sparseft.select`; only with a model as `params`.
         rounding_seed: for bf16 and fp16 weights, keep no master values: the leaves take the weights' dtype, and updates
             are rounded stochastically, with random bits that depend on this seed, the step and the entry only (all
@@ -57,14 +61,15 @@ class SparseAdamW(Optimizer):
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
-        lr: float | Tensor = 2e-3,
+        lr: float | Tensor = 1e-2,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         *,
         decay_to: str = "pretrained",
+        density_power: float = DENSITY_POWER,
         density: float | None = None,
-        criterion: str = "grad",
+        criterion: str = "balanced",
         allocation: str = "layer",
         tile: tuple[int, int] = (64, 64),
         include: str | Sequence[str] | None = None,
@@ -87,7 +92,7 @@ class SparseAdamW(Optimizer):
                     "maximize": maximize, "rounding_seed": rounding_seed}  # fmt: skip
         if not self._drop_in and not (include is None and exclude is None):
             raise ValueError("include / exclude: what trains was chosen by sparsify; they go with density=")
-        super().__init__(_as_params(params, include, exclude, drop_in=self._drop_in), defaults)
+        super().__init__(_as_params(params, lr, density_power, include, exclude, drop_in=self._drop_in), defaults)
         if density is not None:
             weights = [(number, p) for number, group in enumerate(self.param_groups) for p in group["params"]]
             self._waiting = FirstBackward(weights, density, criterion, allocation, tile, self._adopt)
@@ -188,9 +193,22 @@ class SparseAdamW(Optimizer):
             self.state[leaf] = {"step": step, **carried, "born": born}
         self._arenas = []
 
+    def group_for(self, pattern: Pattern) -> dict[str, Any] | None:
+        """The param group in which a further leaf with this pattern belongs: the only one, or the only one that has
+        leaves of its kind (see `sparseft.param_groups`); None if that leaves a choice."""
+        if len(self.param_groups) == 1:
+            return self.param_groups[0]
+
+        def alike(leaf: nn.Parameter) -> bool:
+            return self._selected(leaf).pattern.whole_rows == pattern.whole_rows
+
+        groups = [group for group in self.param_groups if any(map(alike, group["params"]))]
+        return groups[0] if len(groups) == 1 else None
+
     def insert_leaf(self, leaf: nn.Parameter, name: str, before: Collection[nn.Parameter]) -> None:
-        """Train a further leaf, in the only param group, ahead of the first of the leaves `before`."""
-        (group,) = self.param_groups
+        """Train a further leaf, in its `group_for`, ahead of the first of the leaves `before`."""
+        group = self.group_for(self._selected(leaf).pattern)
+        assert group is not None
         leaves = group["params"]
         place = next((i for i, other in enumerate(leaves) if other in before), len(leaves))
         leaves.insert(place, leaf)
@@ -337,17 +355,16 @@ class SparseAdamW(Optimizer):
         waiting.restore(patterns)
 
 
-def _as_params(params: Any, include: Any, exclude: Any, drop_in: bool) -> list[Any]:
+def _as_params(
+    params: Any, lr: float | Tensor, density_power: float, include: Any, exclude: Any, drop_in: bool
+) -> list[Any]:
     """What torch's Optimizer takes: leaves (lean door) or the parameters that may be selected (drop-in door)."""
     if isinstance(params, nn.Module):
-        leaves = [c.values for c in selected(params).values()]
-        if drop_in and leaves:
+        if not drop_in:
+            return param_groups(params, lr, density_power)
+        if selected(params):
             raise ValueError("density: this model is sparsified already; leave density out, or densify it first")
-        if not drop_in and not leaves:
-            raise ValueError("params: this model has no selected entries; sparsify it first, or give density=")
-        if drop_in:
-            return _some([(name, p) for name, p in eligible(params, include, exclude).items() if p.requires_grad])
-        return leaves
+        return _some([(name, p) for name, p in eligible(params, include, exclude).items() if p.requires_grad])
     if include is not None or exclude is not None:
         raise ValueError("include / exclude go by name: pass the model as params")
     if isinstance(params, Tensor):

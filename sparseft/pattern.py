@@ -133,6 +133,11 @@ class Pattern:
         return len(self) / max(self.shape[0] * self.shape[1], 1)
 
     @property
+    def whole_rows(self) -> bool:
+        """Whether every row that has an entry has all (a vector is one row); not so if there is none."""
+        return len(self) == len(self.rows) * self.shape[1] > 0
+
+    @property
     def layout(self) -> Layout:
         """The tensors, as the operations take them."""
         return Layout(self.rows, self.cols, self.tiles, self.local, self.tile)

@@ -144,10 +144,11 @@ def _check_optimizer(optimizer: SparseAdamW, now: dict[str, Selected], further: 
     leaves = {leaf for group in optimizer.param_groups for leaf in group["params"]}
     if not leaves & {chosen.values for chosen in now.values()}:
         raise ValueError("optimizer trains none of this model's selected entries")
-    if further and len(optimizer.param_groups) > 1:
-        raise ValueError(f"patterns: {next(iter(further))!r} has no leaf yet, and with {len(optimizer.param_groups)} "
-                         "param groups it is not known which it belongs to; sparsify it from the start, if need be "
-                         "with an empty pattern")  # fmt: skip
+    for name, pattern in further.items():
+        if optimizer.group_for(pattern) is None:
+            raise ValueError(f"patterns: {name!r} has no leaf yet, and with {len(optimizer.param_groups)} param groups "
+                             "it is not known which it belongs to; sparsify it from the start, if need be with an "
+                             "empty pattern")  # fmt: skip
 
 
 def _move(chosen: Selected, pattern: Pattern, optimizer: SparseAdamW | None, leaving: str) -> int:

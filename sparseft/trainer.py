@@ -17,6 +17,7 @@ from sparseft.evaluation import loss_positions
 from sparseft.layers import keep_left_, parameters, selected, sparsify
 from sparseft.optim import SparseAdamW
 from sparseft.pattern import TENSORS, Pattern, check_tile
+from sparseft.rates import DENSITY_POWER
 from sparseft.reselection import reselect, select_late
 from sparseft.schedules import DropAndGrow, Schedule, SelectAgain
 from sparseft.selection import ALLOCATIONS, CRITERIA, STRUCTURES, select
@@ -37,12 +38,13 @@ class SparseConfig:
         score_after: train so many steps with a first selection, of one batch each and with the learning rate's schedule
             in short, select on what came out, and start again from the pretrained weights (see `select_late`).
         refresh: let the selected entries move while training, as a DropAndGrow or a SelectAgain says; None: they stay.
+        density_power: as in SparseAdamW.
         decay_to: what `weight_decay` pulls towards: "pretrained" values or "zero".
         on_nonfinite: "skip" leaves out a step with a NaN or Inf gradient and counts it; "raise" stops.
     """
 
     density: float = 0.01
-    criterion: str = "grad"
+    criterion: str = "balanced"
     tile: tuple[int, int] = (64, 64)
     tile_budget: float = 0.1
     allocation: str = "layer"
@@ -54,6 +56,7 @@ class SparseConfig:
     batches: int = 8
     score_after: int = 0
     refresh: DropAndGrow | SelectAgain | None = None
+    density_power: float = DENSITY_POWER
     decay_to: str = "pretrained"
     on_nonfinite: str = "skip"
     seed: int = 0
@@ -82,14 +85,14 @@ class SparseConfig:
         return {name: value for name, value in asdict(self).items() if name not in _NOT_SELECTION}
 
 
-_NOT_SELECTION = ("batches", "score_after", "refresh", "decay_to", "on_nonfinite")
+_NOT_SELECTION = ("batches", "score_after", "refresh", "density_power", "decay_to", "on_nonfinite")
 
 
 @dataclass
 class SparseTrainingArguments(TrainingArguments):
     """TrainingArguments whose defaults suit a sparse change: it wants a larger learning rate than a dense one."""
 
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-2
     weight_decay: float = 0.01
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.1
@@ -117,7 +120,7 @@ class SparseTrainer(Trainer):
         args = SparseTrainingArguments() if args is None else args
         if args.learning_rate <= DENSE_LEARNING_RATE:
             warnings.warn(f"learning_rate={args.learning_rate:g} suits dense fine-tuning; a sparse change of 1 % wants "
-                          "about 2e-3 (the default of SparseTrainingArguments)", stacklevel=2)  # fmt: skip
+                          "about 1e-2 (the default of SparseTrainingArguments)", stacklevel=2)  # fmt: skip
         if getattr(args, "use_liger_kernel", False):
             raise ValueError("use_liger_kernel: its fused loss reads the output head's weight itself and does not call "
                              "the layer: the selected rows would get no gradient")  # fmt: skip
@@ -145,7 +148,7 @@ class SparseTrainer(Trainer):
         """`score_after` steps with the selection that the model has now."""
         args, steps, mode = self.args, self.sparse.score_after, self.model.training
         leaves = parameters(self.model)
-        optimizer = self._new_optimizer(leaves)
+        optimizer = self._new_optimizer()
         scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps,
                                   scheduler_specific_kwargs=args.lr_scheduler_kwargs)  # fmt: skip
         try:
@@ -190,10 +193,11 @@ class SparseTrainer(Trainer):
         if self.args.world_size > 1:
             raise ValueError("each process would select for itself; sparsify the model before training it in parallel")
 
-    def _new_optimizer(self, leaves: list[Any]) -> SparseAdamW:
+    def _new_optimizer(self) -> SparseAdamW:
         args, sparse = self.args, self.sparse
-        return SparseAdamW(leaves, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-                           eps=args.adam_epsilon, weight_decay=args.weight_decay, decay_to=sparse.decay_to,
+        return SparseAdamW(self.model, lr=args.learning_rate, density_power=sparse.density_power,
+                           betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
+                           weight_decay=args.weight_decay, decay_to=sparse.decay_to,
                            on_nonfinite=sparse.on_nonfinite)  # fmt: skip
 
     def schedule(self, step: int, steps: int) -> Schedule:
@@ -212,9 +216,7 @@ class SparseTrainer(Trainer):
         if not selected(self.model):
             sparsify(self.model, self.select())
         if self.optimizer is None:
-            self.optimizer = self._new_optimizer(
-                [(name, chosen.values) for name, chosen in selected(self.model).items()]
-            )
+            self.optimizer = self._new_optimizer()
         leaves_now = {chosen.values for chosen in selected(self.model).values()}
         if not leaves_now & {p for group in self.optimizer.param_groups for p in group["params"]}:
             raise ValueError("optimizers: the given one trains none of the selected entries; sparsify the model first "

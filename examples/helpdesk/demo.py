@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folder is made")
     parser.add_argument("--epochs", type=float, default=5, help="passes over the data")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=1e-2, help="peak learning rate")
     arguments = parser.parse_args()
 
     console = Console()

@@ -55,7 +55,7 @@ def select(
     batches: Iterable[Any] | None = None,
     *,
     density: float = 0.01,
-    criterion: str | Criterion | Callable[[str, Tensor, Tensor], Tensor] = "grad",
+    criterion: str | Criterion | Callable[[str, Tensor, Tensor], Tensor] = "balanced",
     tile: tuple[int, int] = (64, 64),
     tile_budget: float = 0.1,
     allocation: str | Allocation = "layer",

@@ -43,11 +43,17 @@ def _taylor(name: str, weight: Tensor, total: Tensor, seed: int) -> Tensor:
     return total.mul_(weight)
 
 
+def scales(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """1 / sqrt(sum of squares) of every row, [N, 1], and of every column, [1, K]; 0 where there are only zeros."""
+    sums = (matrix.square().sum(dim, keepdim=True) for dim in (1, 0))
+    rows, columns = (total.rsqrt_().nan_to_num_(posinf=0.0) for total in sums)
+    return rows, columns
+
+
 def _balanced(name: str, weight: Tensor, total: Tensor, seed: int) -> Tensor:
-    """g / sqrt(sum of g^2 over its row * sum of g^2 over its column); 0 in rows and columns without gradient."""
     matrix = total.view(matrix_shape(weight.shape))
-    rows, columns = (matrix.square().sum(dim, keepdim=True).rsqrt_() for dim in (1, 0))
-    return matrix.mul_(rows.nan_to_num_(posinf=0.0)).mul_(columns.nan_to_num_(posinf=0.0)).view(weight.shape)
+    rows, columns = scales(matrix)
+    return matrix.mul_(rows).mul_(columns).view(weight.shape)
 
 
 def _wanda(name: str, weight: Tensor, total: Tensor, seed: int) -> Tensor:
@@ -141,8 +147,9 @@ CRITERIA: dict[str, Criterion] = {
     "grad": Criterion(_total, _sum),
     # the same under SIFT's name (Song et al., 2024), which shares the entries by layer (allocation="layer")
     "sift": Criterion(_total, _sum),
-    # |sum over batches of g| over the square root of its factored second moment (Adafactor, Shazeer & Stern, 2018): large
-    # for its row and column. Few columns have most of |g|, those whose inputs are large for any text (docs/quality.md)
+    # |sum over batches of g| / sqrt(its row's sum of squares * its column's), the factored second moment of Adafactor
+    # (Shazeer & Stern, 2018): what is large for its place. |g| alone falls on the few columns whose inputs are large
+    # for any text, where there is little to learn and much to forget (docs/quality.md)
     "balanced": Criterion(_balanced, _sum),
     # |w * sum over batches of g|: first-order Taylor (Molchanov et al., 2017)
     "taylor": Criterion(_taylor, _sum),
