@@ -13,7 +13,7 @@ from sparseft.dropin import FirstBackward, free_others
 from sparseft.layers import Selected, keep_left_, owner, plain, selected
 from sparseft.ops import scatter_delta_
 from sparseft.pattern import TENSORS, Pattern, matrix_shape
-from sparseft.rates import DENSITY_POWER, param_groups
+from sparseft.rates import DENSITY_POWER, check_rate, param_groups
 from sparseft.selection import eligible
 
 
@@ -113,9 +113,7 @@ class SparseAdamW(Optimizer):
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        lr = group["lr"]
-        if (isinstance(lr, Tensor) and lr.numel() != 1) or not float(lr) >= 0:
-            raise ValueError(f"lr must be one number >= 0, got {lr}")
+        check_rate(group["lr"])
         betas = group["betas"]
         if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")

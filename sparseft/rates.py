@@ -27,8 +27,9 @@ def param_groups(model: nn.Module, lr: float | Tensor, density_power: float = DE
         One group for each of the two kinds that the model has, the scattered entries first.
 
     Raises:
-        ValueError: the model has no selected entries, or `density_power` is negative.
+        ValueError: the model has no selected entries, or `lr` or `density_power` is no number >= 0.
     """
+    check_rate(lr)
     if not density_power >= 0:
         raise ValueError(f"density_power must be >= 0, got {density_power}")
     chosen = selected(model)
@@ -44,3 +45,9 @@ def param_groups(model: nn.Module, lr: float | Tensor, density_power: float = DE
         named = [(name, one.values) for name, one in leaves.items()]
         groups.append({"params": named, "lr": lr if factor == 1 else factor * lr})
     return [group for group in groups if group["params"]]
+
+
+def check_rate(lr: float | Tensor) -> None:
+    """Raises ValueError unless it is one number >= 0."""
+    if (isinstance(lr, Tensor) and lr.numel() != 1) or not float(lr) >= 0:
+        raise ValueError(f"lr must be one number >= 0, got {lr}")

@@ -128,7 +128,7 @@ def reference(criterion: str, model, data, loss_fn) -> dict[str, np.ndarray]:
         scores = {}
         for name, w in weights.items():
             g = sum(each[name]).reshape(matrix_shape(w.shape))
-            spread = np.sqrt(np.outer((g**2).sum(1), (g**2).sum(0)))
+            spread = np.sqrt(np.outer((g**2).sum(1), (g**2).sum(0)) / (g**2).sum())
             scores[name] = np.abs(np.divide(g, spread, out=np.zeros_like(g), where=spread > 0)).reshape(w.shape)
         return scores
     by_sum = {"grad": lambda g, w: g, "sift": lambda g, w: g, "taylor": lambda g, w: g * w,

@@ -216,7 +216,8 @@ def test_options_of_the_sparse_method_reach_the_model():
     assert mask[rows].all() and mask.sum() == 32 * len(rows) > 0
     assert len(chosen["model.norm.weight"].pattern) == 32
     scattered, whole = (group["lr"] for group in made.optimizer.param_groups)
-    density = lora / sum(p.numel() for p in linears)
+    parts = [c for name, c in chosen.items() if "proj" in name]
+    density = sum(len(c.pattern) for c in parts) / sum(c.weight.numel() for c in parts)
     assert scattered == pytest.approx(1e-2 * (0.01 / density) ** 0.5) and whole == pytest.approx(1e-3)
     assert rank_density(tiny.llama(), 2) * sum(p.numel() for p in linears) == pytest.approx(lora)
 

@@ -45,7 +45,7 @@ def test_an_optimizer_of_a_model_has_these_groups_and_one_of_leaves_has_one():
 
 def test_a_rate_in_a_tensor_stays_one():
     rate = torch.tensor(1e-2)
-    scattered, whole = param_groups(sparsified(), rate)
+    whole = param_groups(sparsified(), rate)[1]
     assert whole["lr"].shape == () and float(whole["lr"]) == pytest.approx(1e-2 * 0.01**0.75)
     assert param_groups(sparsified(), rate, 0.0)[0]["lr"] is rate
 

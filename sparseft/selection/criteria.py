@@ -44,10 +44,14 @@ def _taylor(name: str, weight: Tensor, total: Tensor, seed: int) -> Tensor:
 
 
 def scales(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """1 / sqrt(sum of squares) of every row, [N, 1], and of every column, [1, K]; 0 where there are only zeros."""
-    sums = (matrix.square().sum(dim, keepdim=True) for dim in (1, 0))
-    rows, columns = (total.rsqrt_().nan_to_num_(posinf=0.0) for total in sums)
-    return rows, columns
+    """Factors of rows, [N, 1], and columns, [1, K], whose product is 1 / sqrt(rank-one second moment of the matrix).
+
+    The second moment is (row's sum of squares) (column's) / (all), as in Adafactor (Shazeer & Stern, 2018). 0 for rows
+    and columns of zeros.
+    """
+    rows, columns = (matrix.square().sum(dim, keepdim=True) for dim in (1, 0))
+    norm = rows.sum().sqrt()
+    return rows.rsqrt().nan_to_num(posinf=0.0).mul_(norm), columns.rsqrt().nan_to_num(posinf=0.0)
 
 
 def _balanced(name: str, weight: Tensor, total: Tensor, seed: int) -> Tensor:
@@ -147,9 +151,8 @@ CRITERIA: dict[str, Criterion] = {
     "grad": Criterion(_total, _sum),
     # the same under SIFT's name (Song et al., 2024), which shares the entries by layer (allocation="layer")
     "sift": Criterion(_total, _sum),
-    # |sum over batches of g| / sqrt(its row's sum of squares * its column's), the factored second moment of Adafactor
-    # (Shazeer & Stern, 2018): what is large for its place. |g| alone falls on the few columns whose inputs are large
-    # for any text, where there is little to learn and much to forget (docs/quality.md)
+    # |sum over batches of g| / sqrt(its factored second moment, see `scales`): what is large for its row and column.
+    # |g| alone falls on the few columns whose inputs are large for any text (docs/quality.md, H19)
     "balanced": Criterion(_balanced, _sum),
     # |w * sum over batches of g|: first-order Taylor (Molchanov et al., 2017)
     "taylor": Criterion(_taylor, _sum),
