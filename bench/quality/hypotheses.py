@@ -164,7 +164,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         (variation("rows-and-columns", structure="rows-and-columns"),),
     ),
     Hypothesis(
-        "H19-columns", "|g| falls on the few columns whose inputs are large for any text: little to learn with, much "
+        "H19-columns", "The gradient is largest in the few columns whose inputs are large for any text: little to learn with, much "
         "to forget", "sparse-1%",
         (sparse("grad-alone", allocation="layer"),
          sparse("grad-norms", allocation="layer", train_norms=True, density_power=0.0),
