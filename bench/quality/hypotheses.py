@@ -164,8 +164,8 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         (variation("rows-and-columns", structure="rows-and-columns"),),
     ),
     Hypothesis(
-        "H19-columns", "The gradient is largest in the few columns whose inputs are large for any text: little to learn with, much "
-        "to forget", "sparse-1%",
+        "H19-columns", "The gradient is largest in the few columns whose inputs are large for any text: "
+        "little to learn with, much to forget", "sparse-1%",
         (sparse("grad-alone", allocation="layer"),
          sparse("grad-norms", allocation="layer", train_norms=True, density_power=0.0),
          sparse("grad-norms-target-rows", allocation="layer", train_norms=True, train_targets=True, density_power=0.0)),
