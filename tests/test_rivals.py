@@ -45,7 +45,7 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, data: list[Tensor]
 def test_spiel_entries_age_in_bf16():
     """After five steps of a constant gradient Adam has gone five times lr; entries that stay at age 1 go elsewhere."""
     model = linear(6, 5, torch.bfloat16)
-    optimizer = SparseAdamW(sparsify(model, some(6, 5)), lr=0.01, weight_decay=0.0)
+    optimizer = SparseAdamW(sparsify(model, some(6, 5)), lr=0.01, density_power=0.0, weight_decay=0.0)
     [leaf] = parameters(model)
     start = leaf.detach().clone()
     for _ in range(5):
@@ -61,7 +61,9 @@ def test_lift_weight_decay_acts(decay_to):
     def trained(weight_decay: float) -> Tensor:
         torch.manual_seed(1)
         model = linear(6, 5)
-        optimizer = SparseAdamW(sparsify(model, some(6, 5)), lr=0.01, weight_decay=weight_decay, decay_to=decay_to)
+        optimizer = SparseAdamW(
+            sparsify(model, some(6, 5)), lr=0.01, density_power=0.0, weight_decay=weight_decay, decay_to=decay_to
+        )
         steps(model, optimizer, [torch.randn(4, 5) for _ in range(3)])
         return selected(model)["0.weight"].values.detach().clone()
 
@@ -71,7 +73,9 @@ def test_lift_weight_decay_acts(decay_to):
 def test_lift_a_newcomers_first_step_is_adams_first():
     """At step 400, with beta2 = 0.95, a shared counter would make it 0.45 lr."""
     model = linear(6, 5)
-    optimizer = SparseAdamW(sparsify(model, some(6, 5)), lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = SparseAdamW(
+        sparsify(model, some(6, 5)), lr=0.01, density_power=0.0, betas=(0.9, 0.95), weight_decay=0.0
+    )
     [leaf] = parameters(model)
     leaf.grad = torch.zeros_like(leaf)
     optimizer.step()
@@ -99,7 +103,7 @@ def test_sift_no_lag(door):
     dense.load_state_dict(model.state_dict())
     options = {"lr": 0.01, "weight_decay": 0.0}
     if door == "lean":
-        optimizer = SparseAdamW(sparsify(model, some(6, 5)), **options)
+        optimizer = SparseAdamW(sparsify(model, some(6, 5)), density_power=0.0, **options)
     else:
         optimizer = SparseAdamW(model, density=0.3, tile=(8, 8), **options)
     oracle = torch.optim.AdamW(dense.parameters(), **options)

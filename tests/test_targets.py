@@ -182,7 +182,7 @@ def test_training_moves_the_one_tied_weight_as_dense_training_of_these_rows():
     net, reference = model(), model()
     mask = masks(net)["rows"]
     sparsify(net, {EMBEDDING: Pattern.from_mask(mask, tile=(8, 8))})
-    optimizer = SparseAdamW(net, lr=0.01, weight_decay=0.0)
+    optimizer = SparseAdamW(net, lr=0.01, density_power=0.0, weight_decay=0.0)
     reference.requires_grad_(False)
     weight = reference.get_parameter(EMBEDDING).requires_grad_(True)
     dense = torch.optim.AdamW([weight], lr=0.01, weight_decay=0.0)

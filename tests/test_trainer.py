@@ -243,7 +243,7 @@ def test_a_checkpoint_is_a_plain_model(tmp_path):
 def test_early_stopping_brings_back_the_best_model(tmp_path):
     model = llama()
     stop = EarlyStoppingCallback(early_stopping_patience=1)
-    options = {"learning_rate": 0.03, "warmup_steps": 0, "lr_scheduler_type": "constant", "max_steps": 60}
+    options = {"learning_rate": 0.3, "warmup_steps": 0, "lr_scheduler_type": "constant", "max_steps": 60}
     every = {
         f"{what}_{how}": value for what in ("eval", "save") for how, value in (("strategy", "steps"), ("steps", 5))
     }

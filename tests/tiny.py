@@ -13,7 +13,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from sparseft.selection import select
 
 # what the criterion chooses, and nothing on top, from one budget
-select_entries = functools.partial(select, allocation="global", train_norms=False, train_targets=False)
+select_entries = functools.partial(
+    select, criterion="grad", allocation="global", train_norms=False, train_targets=False
+)
 
 EOS, USER, ASSISTANT, SYSTEM = "<eos>", "<user>", "<assistant>", "<system>"
 CHAT = (
