@@ -29,12 +29,12 @@ SAMPLE = 256
 
 
 @triton.jit
-def _key(score, other, at, mask):
-    """The bits of |score * other|, or of |score|, as an integer; its sign bit is zero."""
+def _key(score, other, begin, at, mask):
+    """The bits of |score[at] * other[begin + at]|, or of |score[at]|, as an integer; its sign bit is zero."""
     x = tl.load(score + at, mask=mask)
     if other is not None:
         wide: tl.constexpr = tl.float64 if x.dtype == tl.float64 else tl.float32
-        x = x.to(wide) * tl.load(other + at, mask=mask).to(wide)
+        x = x.to(wide) * tl.load(other + begin + at, mask=mask).to(wide)
     if x.dtype == tl.float64:
         key = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
     elif x.dtype == tl.float32:
@@ -45,12 +45,11 @@ def _key(score, other, at, mask):
 
 
 @triton.jit
-def _segment(table, number, score, other, ALIGN: tl.constexpr):
+def _segment(table, number, ALIGN: tl.constexpr):
     """Where a segment's scores and others start, its first position in the joined scores, and its length."""
-    score += tl.multiple_of(tl.load(table + 4 * number), ALIGN)
-    if other is not None:
-        other += tl.multiple_of(tl.load(table + 4 * number + 1), ALIGN)
-    return score, other, tl.load(table + 4 * number + 2), tl.load(table + 4 * number + 3)
+    record = table + 4 * number
+    return (tl.multiple_of(tl.load(record), ALIGN), tl.multiple_of(tl.load(record + 1), ALIGN),
+            tl.load(record + 2), tl.load(record + 3))  # fmt: skip
 
 
 @triton.jit
@@ -68,13 +67,13 @@ def _count(score, other, table, first, histograms, bound, lowest, shift,
     histogram = histograms + program.to(tl.int64) * BINS
     lane = tl.arange(0, BLOCK)
     for number in range(tl.load(first + program), tl.load(first + program + 1)):
-        x, y, _, length = _segment(table, number, score, other, ALIGN)
+        x, y, _, length = _segment(table, number, ALIGN)
         whole = length // BLOCK * BLOCK  # unmasked: 128-bit loads
         for start in range(0, whole, STEP * BLOCK):
-            _tally(histogram, _key(x, y, start + lane, None), lane >= 0, bound, lowest, shift, BITS)
+            _tally(histogram, _key(score + x, other, y, start + lane, None), lane >= 0, bound, lowest, shift, BITS)
         if whole < length:
             mask = whole + lane < length
-            _tally(histogram, _key(x, y, whole + lane, mask), mask, bound, lowest, shift, BITS)
+            _tally(histogram, _key(score + x, other, y, whole + lane, mask), mask, bound, lowest, shift, BITS)
 
 
 @triton.jit
@@ -103,15 +102,15 @@ def _gather(score, other, table, first, starts, above, inside, rest, bound, limi
     before_inside = tl.load(starts + 2 * program + 1)
     lane = tl.arange(0, BLOCK)
     for number in range(tl.load(first + program), tl.load(first + program + 1)):
-        x, y, position, length = _segment(table, number, score, other, ALIGN)
+        x, y, position, length = _segment(table, number, ALIGN)
         whole = length // BLOCK * BLOCK
         for start in range(0, whole, BLOCK):
-            key = _key(x, y, start + lane, None)
+            key = _key(score + x, other, y, start + lane, None)
             before_above, before_inside = _emit(key, lane >= 0, position + start + lane, above, inside, rest,
                                                 before_above, before_inside, bound, limit, shift)  # fmt: skip
         if whole < length:
             mask = whole + lane < length
-            key = _key(x, y, whole + lane, mask)
+            key = _key(score + x, other, y, whole + lane, mask)
             before_above, before_inside = _emit(key, mask, position + whole + lane, above, inside, rest,
                                                 before_above, before_inside, bound, limit, shift)  # fmt: skip
 
