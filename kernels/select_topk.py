@@ -138,7 +138,7 @@ def _cut(scores: list[Tensor], others: list[Tensor]) -> Stretches:
     within = (starts - (ends - blocks)[tensor]) * BLOCK
     length = torch.minimum((torch.cat([starts[1:], ends[-1:]]) - starts) * BLOCK, lengths[tensor] - within)
     position = (lengths.cumsum(0) - lengths)[tensor] + within
-    columns, aligned = [], True
+    columns, aligned = [], all(t[0].data_ptr() % 16 == 0 for t in (scores, others) if t)
     for several in (scores, others or scores):
         distance = torch.tensor([(t.data_ptr() - several[0].data_ptr()) // size for t in several])
         aligned &= bool((distance % 16 == 0).all())
@@ -181,10 +181,12 @@ def _select(s: Stretches, k: int, n: int) -> Tensor:
     limit = inside if shift else need
     chosen = torch.empty(k - need, dtype=torch.int64, device=s.score.device)
     open_ = torch.empty(limit, dtype=torch.int64, device=s.score.device)
+    # about 16 bytes a thread: a whole BLOCK of positions would spill registers
+    block = BLOCK // (8 if s.align == 1 else 4 if s.score.element_size() > 2 else 2)
     rest = torch.empty(limit, dtype=torch.int64 if dtype.itemsize == 8 else torch.int32, device=s.score.device)
     _gather[(len(s.first) - 1,)](
         s.score, s.other, s.table, s.first, starts, chosen, open_, rest if shift else None, bound, limit, shift,
-        BLOCK=BLOCK // 2, ALIGN=s.align, num_warps=8,  # a whole BLOCK of positions would spill registers
+        BLOCK=block, ALIGN=s.align, num_warps=8,
     )  # fmt: skip
     if shift:
         open_ = open_[rest.argsort(descending=True, stable=True)[:need]].sort().values

@@ -128,6 +128,7 @@ def sparse_adamw_(
             ordered, spans, reach, local, count, lr.to(local.device), beta1, beta2, _log(beta1), _log(beta2), eps,
             weight_decay, grad_scale, found_inf, seed or 0,
             STOCHASTIC=seed is not None, MAXIMIZE=maximize, TILE_COLS=tile[1], COMPLETE=complete, CHUNK=CHUNK,
+            num_warps=8,  # four entries a thread: with eight, registers are spilled
         )  # fmt: skip
 
 
