@@ -3,22 +3,28 @@
     python -m bench.gpu               runs tests/kernels on the device; stops if anything fails; then the benchmarks
     python -m bench.gpu --no-tests    the benchmarks alone
 
-Writes bench/results/<gpu>.json and prints a table. Under ten minutes; what could not run is listed with its reason.
+Writes bench/results/<gpu>.json and prints a table; tests that were skipped and calls that could not run are listed with
+their reasons. The tests compile some 500 kernels: several processes share them, and have six minutes.
 
 A line's share is the time that its work would take at this GPU's own measured rates, divided by the time it took:
 the larger of bytes / copy bandwidth and FLOPs / bf16 matmul rate. The bytes are those of the definition (what must be
-read and written), in whole 32-byte sectors for single weights.
+read and written), in whole 32-byte sectors for single weights; the FLOPs those of the active tiles.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from xml.etree import ElementTree
 
 import torch
 from torch import Tensor
@@ -29,6 +35,7 @@ from sparseft.pattern import Layout, Pattern, pack
 
 ROOT = Path(__file__).parents[1]
 SECTOR = 32
+TEST_SECONDS = 360
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,8 @@ class Line:
     operation: str
     implementation: str
     milliseconds: float
+    terabytes: float  # per second
+    teraflops: float
     share: float  # of the roofline
 
 
@@ -116,6 +125,8 @@ def clustered(sizes: Sizes, seed: int, device: str) -> Pattern:
 def works(sizes: Sizes, device: str) -> Iterator[Work]:
     """The operations, one after the other: each one's memory is free before the next one's is taken."""
     yield _masked_grad(sizes, device)
+    yield _shared_input(sizes, device)
+    yield _unstructured(sizes, device)
     patterns = [clustered(sizes, seed, device) for seed in range(sizes.layers)]
     layout = pack(patterns)
     weights = [torch.randn(sizes.size, sizes.size, device=device).bfloat16() for _ in patterns]
@@ -128,17 +139,66 @@ def works(sizes: Sizes, device: str) -> Iterator[Work]:
 
 def _masked_grad(sizes: Sizes, device: str) -> Work:
     pattern = clustered(sizes, 0, device)
-    grad_out, input = (torch.randn(sizes.tokens, sizes.size, device=device).bfloat16() for _ in range(2))
+    grad_out, input = _operands(sizes, device, 2)
     out, indices = torch.zeros(len(pattern), device=device), pattern.indices()
-    tiles = len(pattern.tiles)
     return Work(
         "masked_grad",
         grad_out.nbytes + input.nbytes + 10 * len(pattern),
-        2 * tiles * sizes.tile**2 * sizes.tokens,
+        2 * len(pattern.tiles) * sizes.tile**2 * sizes.tokens,
         lambda: torch.ops.sparseft.masked_grad_(out, grad_out, input, *pattern.layout, True),
         {"dense dW (cuBLAS)": lambda: grad_out.T @ input,
          "dense dW, gathered": lambda: out.add_((grad_out.T @ input).view(-1)[indices])},
     )  # fmt: skip
+
+
+def _shared_input(sizes: Sizes, device: str) -> Work:
+    """q, k and v: three calls, and one launch for all three."""
+    patterns = [clustered(sizes, seed, device) for seed in range(3)]
+    *grad_outs, input = _operands(sizes, device, 4)
+    layout = pack(patterns)
+    out = torch.zeros(len(layout.local), device=device)
+    parts = out.split([len(p) for p in patterns])
+
+    def one_by_one():
+        for part, grad_out, pattern in zip(parts, grad_outs, patterns, strict=True):
+            torch.ops.sparseft.masked_grad_(part, grad_out, input, *pattern.layout, True)
+
+    return Work(
+        "masked_grad x 3",
+        sum(g.nbytes for g in grad_outs) + input.nbytes + 10 * len(out),
+        2 * len(layout.tiles) * sizes.tile**2 * sizes.tokens,
+        one_by_one,
+        {"triton, one launch": partial(_in_triton, out, grad_outs, input, layout)},
+    )
+
+
+def _unstructured(sizes: Sizes, device: str) -> Work:
+    """1 % of the entries, anywhere: every tile is active, and holds few."""
+    mask = torch.rand(sizes.size, sizes.size, generator=torch.Generator().manual_seed(0)) < 0.01
+    pattern = Pattern.from_mask(mask, tile=(sizes.tile,) * 2).to(device)
+    grad_out, input = _operands(sizes, device, 2)
+    out = torch.zeros(len(pattern), device=device)
+    return Work(
+        "masked_grad, 1 %",
+        grad_out.nbytes + input.nbytes + 10 * len(pattern),
+        2 * len(pattern) * sizes.tokens,
+        lambda: torch.ops.sparseft.masked_grad_(out, grad_out, input, *pattern.layout, True),
+        {"dense dW (cuBLAS)": lambda: grad_out.T @ input,
+         **{f"triton, {v}": partial(_in_triton, out, grad_out, input, pattern.layout, variant=v)
+            for v in ("tiles", "panels")}},
+    )  # fmt: skip
+
+
+def _operands(sizes: Sizes, device: str, count: int) -> list[Tensor]:
+    return [torch.randn(sizes.tokens, sizes.size, device=device).bfloat16() for _ in range(count)]
+
+
+def _in_triton(out: Tensor, grad_out: Tensor | list[Tensor], input: Tensor, layout: Layout, **options: str) -> None:
+    """What Triton's function does beyond the operation."""
+    with backend.forced("triton"):  # says why, if it is not there
+        from sparseft.kernels.masked_grad import masked_grad_
+
+        masked_grad_(out, grad_out, input, *layout, True, **options)
 
 
 def _scatter_delta(layout: Layout, weights: list[Tensor], indices: list[Tensor], sectors: int) -> Work:
@@ -195,7 +255,8 @@ def measure(device: str, sizes: Sizes, implementations: tuple[str, ...]) -> dict
             try:
                 with backend.forced(forced):
                     taken = seconds(call, device, sizes.repeats)
-                lines.append(Line(work.operation, name, 1000 * taken, ideal / taken))
+                rate = work.moved / taken / 1e12, work.flops / taken / 1e12
+                lines.append(Line(work.operation, name, 1000 * taken, *rate, ideal / taken))
             except Exception as reason:  # out of memory, not built, not supported: the report says so
                 failed[f"{work.operation}, {name}"] = f"{type(reason).__name__}: {str(reason).splitlines()[0]}"
     return {"machine": describe(), "sizes": asdict(sizes), "rates": asdict(peak),
@@ -206,10 +267,27 @@ def show(report: dict) -> str:
     """The report as a table."""
     rate = report["rates"]
     head = f"copy {rate['copy'] / 1e12:.2f} TB/s, bf16 matmul {rate['matmul'] / 1e12:.0f} TFLOP/s (measured)"
-    rows = [f"{x['operation']:14} {x['implementation']:36} {x['milliseconds']:10.3f} ms {100 * x['share']:6.1f} %"
-            for x in report["lines"]]  # fmt: skip
+    head += f"\n{'':53}{'ms':>10}{'TB/s':>8}{'TFLOP/s':>9}{'share':>8}"
+    rows = [f"{x['operation']:17}{x['implementation']:36}{x['milliseconds']:10.3f}{x['terabytes']:8.2f}"
+            f"{x['teraflops']:9.1f}{100 * x['share']:6.1f} %" for x in report["lines"]]  # fmt: skip
     failed = [f"could not run: {what}: {why}" for what, why in report["could_not_run"].items()]
     return "\n".join([head, *rows, *failed])
+
+
+def test() -> tuple[int, dict[str, int | str]]:
+    """The operation table on the device: pytest's exit status (-1: out of time), and how many it skipped, by reason."""
+    memory = torch.cuda.get_device_properties(0).total_memory >> 30  # GiB; a test of 2^31 elements takes up to 9
+    workers = max(1, min(8, os.cpu_count() or 1, memory // 10))
+    with tempfile.NamedTemporaryFile(suffix=".xml") as file:
+        command = [sys.executable, "-m", "pytest", "-q", "--benchmark-disable", "-n", str(workers), "-k",
+                   "cuda or triton", f"--junitxml={file.name}", "tests/kernels"]  # fmt: skip
+        environment = os.environ | {"SPARSEFT_LARGE": "1", "TRITON_INTERPRET": "0"}
+        try:
+            status = subprocess.run(command, cwd=ROOT, env=environment, timeout=TEST_SECONDS).returncode
+        except subprocess.TimeoutExpired:
+            return -1, {}
+        skipped = ElementTree.parse(file.name).iter("skipped")
+        return status, dict(Counter(str(one.get("message")).splitlines()[0] for one in skipped))
 
 
 def main() -> int:
@@ -218,16 +296,19 @@ def main() -> int:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print(f"bench.gpu: no GPU here: torch {torch.__version__} finds no CUDA device")
-        return 0
+        return 1
+    skipped: dict[str, int | str] = {"not asked for (--no-tests)": "all"}
     if not options.no_tests:
-        tests = [sys.executable, "-m", "pytest", "-q", "--benchmark-disable", "tests/kernels"]
-        if subprocess.run(tests, cwd=ROOT).returncode:
-            print("bench.gpu: tests failed on this device; no speed is reported")
+        status, skipped = test()
+        if status:
+            why = f"did not end in {TEST_SECONDS} s" if status < 0 else "failed"
+            print(f"bench.gpu: tests {why} on this device; no speed is reported")
             return 1
-    report = measure("cuda", Sizes(), ("cuda", "triton", "reference"))
+    report = {"skipped_tests": skipped, **measure("cuda", Sizes(), ("cuda", "triton", "reference"))}
     file = ROOT / "bench/results" / f"{torch.cuda.get_device_name().replace(' ', '-')}.json"
     file.write_text(json.dumps(report, indent=1) + "\n")
-    print(show(report), f"written to {file.relative_to(ROOT)}", sep="\n")
+    print(show(report), *(f"skipped {count} tests: {why}" for why, count in skipped.items()), sep="\n")
+    print(f"written to {file.relative_to(ROOT)}")
     return 0
 
 

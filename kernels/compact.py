@@ -18,15 +18,15 @@ ALIGNMENT = 16  # elements; where a layer's columns start in a copy
 
 
 @triton.jit
-def _compact(source, order, copy, tokens, width, columns, stride_source, stride_token, stride_column,
+def _compact(source, order, copy, tokens, width, columns, source_token, source_column, copy_token, copy_column,
              BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     """copy[t, c] = source[t, order[c]]; what the source does not have is another layer's and left alone."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     column = tl.load(order + c, mask=c < width, other=columns)
     mask = (t < tokens)[:, None] & (column < columns)[None, :]
-    picked = tl.load(source + t[:, None] * stride_source + column[None, :], mask=mask)
-    tl.store(copy + t[:, None] * stride_token + c.to(tl.int64)[None, :] * stride_column, picked, mask=mask)
+    at = source + t[:, None] * source_token + column.to(tl.int64)[None, :] * source_column
+    tl.store(copy + t[:, None] * copy_token + c.to(tl.int64)[None, :] * copy_column, tl.load(at, mask=mask), mask=mask)
 
 
 class Span(NamedTuple):
@@ -75,7 +75,10 @@ plan = Remembered(_plan)  # one host sync per worklist
 
 
 def compact(sources: list[Tensor], order: Tensor, spans: list[Span], transposed: bool = False) -> Tensor:
-    """[T, width], or [width, T] if transposed: of each layer's source the columns order[first:last], at `start`."""
+    """[T, width], or [width, T] if transposed: of each layer's source the columns order[first:last], at `start`.
+
+    Sources may have any strides: a sparse layer keeps its input as [columns, T].
+    """
     tokens = sources[0].shape[0]
     width = spans[-1].start + triton.cdiv(spans[-1].last - spans[-1].first, ALIGNMENT) * ALIGNMENT
     copy = sources[0].new_empty(width, tokens).T if transposed else sources[0].new_empty(tokens, width)
@@ -83,7 +86,7 @@ def compact(sources: list[Tensor], order: Tensor, spans: list[Span], transposed:
         part, place = order[span.first : span.last], copy[:, span.start :]
         if tokens and len(part):
             _compact[triton.cdiv(tokens, 32), triton.cdiv(len(part), 128)](
-                source, part, place, tokens, len(part), source.shape[1], source.stride(0), *place.stride(),
+                source, part, place, tokens, len(part), source.shape[1], *source.stride(), *place.stride(),
                 BLOCK_T=32, BLOCK_C=128,
             )  # fmt: skip
     return copy.T if transposed else copy

@@ -89,28 +89,35 @@ def masked_grad_(out, grad_out, input, rows, cols, tiles, local, tile, accumulat
 
     Args:
         grad_out: [T, N]; or a list with one [T, N_i] per layer of the layout, for layers that share `input` (q, k, v).
+            A list needs `rows`.
         squares: optional, out's dtype [n]: receives each tile's sum of squares of its entries in `out`.
         variant: "tiles" or "panels" instead of the choice of `choose`; so does the environment variable
             SPARSEFT_MASKED_GRAD. `squares` needs tiles.
     """
+    several = isinstance(grad_out, (list, tuple))
+    if several and rows is None:
+        raise ValueError("rows must be given for a list of grad_out, got None")
+    variant = variant or os.environ.get("SPARSEFT_MASKED_GRAD") or None
+    if variant not in (None, "tiles", "panels"):
+        raise ValueError(f"variant (SPARSEFT_MASKED_GRAD) must be 'tiles' or 'panels', got {variant!r}")
+    if squares is not None and variant == "panels":
+        raise ValueError("variant must be 'tiles' for sums of squares, got 'panels'")
     if tiles.shape[0] == 0:
         return
     tile, tiles = tuple(tile), tiles.contiguous()
-    if isinstance(grad_out, torch.Tensor):
-        grad_out = with_rows(grad_out)
-    input = with_rows(input)
     with on(out.device):
         work = plan(tiles, tile)
-        grad_outs = grad_out if isinstance(grad_out, (list, tuple)) else [grad_out] * (work.rows[-1].layer + 1)
-        a = grad_outs[0] if rows is None else compact([grad_outs[s.layer] for s in work.rows], rows, work.rows)
-        variant = variant or os.environ.get("SPARSEFT_MASKED_GRAD") or choose(work.entries, tiles.shape[0], tile)
-        transposed = variant == "panels" and squares is None
-        if cols is None:
-            b = input.T.contiguous() if transposed else input
+        variant = variant or ("tiles" if squares is not None else choose(work.entries, tiles.shape[0], tile))
+        if rows is None:
+            a = with_rows(grad_out)
         else:
-            b = compact([input] * len(work.cols), cols, work.cols, transposed)
+            a = compact([grad_out[s.layer] if several else grad_out for s in work.rows], rows, work.rows)
+        if cols is not None:
+            b = compact([input] * len(work.cols), cols, work.cols, variant == "panels")
+        else:
+            b = input.T.contiguous() if variant == "panels" else with_rows(input)
         programs = 4 * processors(out.device)
-        if transposed:
+        if variant == "panels":
             chunks = panels.chunks(tiles, local, tile, work.shifts, rows is None, cols is None)
             panels.launch(out, a, b, chunks, accumulate, precision(), programs)
             return
@@ -123,7 +130,7 @@ def masked_grad_(out, grad_out, input, rows, cols, tiles, local, tile, accumulat
 
 
 def with_rows(operand: torch.Tensor) -> torch.Tensor:
-    """The operand, or a copy of it if its rows are not contiguous: the kernels know one stride."""
+    """The operand, or a copy of it if its rows are not contiguous: the products know one stride."""
     return operand if operand.stride(1) == 1 or operand.shape[1] <= 1 else operand.contiguous()
 
 
@@ -136,8 +143,9 @@ def choose(entries: int, tiles: int, tile: tuple[int, int]) -> str:
 
 def configuration(arch: int, dtype: torch.dtype, tile: tuple[int, int]) -> dict:
     """Block sizes, warps and pipeline depth for a tile shape on an architecture (80, 90, ...; 0: interpreter)."""
-    m, n = (min(max(triton.next_power_of_2(size), 16), 128) for size in tile)
-    tokens = 128 // dtype.itemsize
+    # fp32 is split into two operands (tf32x3), fp64 takes two registers: smaller blocks, or registers are spilled
+    largest, tokens = (128, 64) if dtype.itemsize == 2 else (64, 16)
+    m, n = (min(max(triton.next_power_of_2(size), 16), largest) for size in tile)
     stage = (m + n) * tokens * dtype.itemsize
     depth = 4 if arch in (90, 100) else 3
     return {
@@ -145,11 +153,11 @@ def configuration(arch: int, dtype: torch.dtype, tile: tuple[int, int]) -> dict:
         "BLOCK_N": n,
         "BLOCK_T": tokens,
         "BLOCK_E": min(m * n, max(256, m * n // 8), 1024),
-        "num_warps": min(8, max(1, m * n // 1024)),
+        "num_warps": min(8, max(1, m * n // 1024, max(m, n) // 32)),
         "num_stages": max(2, min(depth, 96 * 1024 // stage)),  # 96 KiB: what the smallest architecture has
     }
 
 
 def precision() -> str:
     """How fp32 operands are multiplied: three TF32 products keep fp32's accuracy; one, where torch is told so."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"

@@ -61,7 +61,7 @@ class Chunks(NamedTuple):
     work: Tensor  # int64 [chunks, 3]: first row of the panel, first entry and the one after the last
     columns: Tensor  # int32 [chunks * CHUNK], rows of input^T; unused places hold 0
     local: Tensor  # int16 [k]: place of the column in its chunk * PANEL + row in the panel
-    entries: Tensor  # int64 [k]: where in the arena
+    entries: Tensor  # int32 [k], int64 in an arena of 2^31 entries and more: where in the arena
 
 
 def _chunks(tiles: Tensor, local: Tensor, tile: tuple[int, int], shifts: Tensor, *compact: bool) -> Chunks:
@@ -83,7 +83,8 @@ def _chunks(tiles: Tensor, local: Tensor, tile: tuple[int, int], shifts: Tensor,
     begin = torch.cat([end.new_zeros(1), end[:-1]])
     work = torch.stack([torch.repeat_interleave(panels, parts) * PANEL, begin, end], 1)
     position = place[pair] % CHUNK * PANEL + row % PANEL
-    return Chunks(work, columns, position.to(torch.int16), entry)
+    narrow = torch.int32 if len(local) < 1 << 31 else torch.int64  # 65 M entries: 0.26 GB or twice that
+    return Chunks(work, columns, position.to(torch.int16), entry.to(narrow))
 
 
 chunks = Remembered(_chunks)

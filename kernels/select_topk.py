@@ -29,12 +29,12 @@ SAMPLE = 256
 
 
 @triton.jit
-def _key(score, other, at, mask):
-    """The bits of |score * other|, or of |score|, as an integer; its sign bit is zero."""
+def _key(score, other, begin, at, mask):
+    """The bits of |score[at] * other[begin + at]|, or of |score[at]|, as an integer; its sign bit is zero."""
     x = tl.load(score + at, mask=mask)
     if other is not None:
         wide: tl.constexpr = tl.float64 if x.dtype == tl.float64 else tl.float32
-        x = x.to(wide) * tl.load(other + at, mask=mask).to(wide)
+        x = x.to(wide) * tl.load(other + begin + at, mask=mask).to(wide)
     if x.dtype == tl.float64:
         key = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
     elif x.dtype == tl.float32:
@@ -45,12 +45,11 @@ def _key(score, other, at, mask):
 
 
 @triton.jit
-def _segment(table, number, score, other, ALIGN: tl.constexpr):
+def _segment(table, number, ALIGN: tl.constexpr):
     """Where a segment's scores and others start, its first position in the joined scores, and its length."""
-    score += tl.multiple_of(tl.load(table + 4 * number), ALIGN)
-    if other is not None:
-        other += tl.multiple_of(tl.load(table + 4 * number + 1), ALIGN)
-    return score, other, tl.load(table + 4 * number + 2), tl.load(table + 4 * number + 3)
+    record = table + 4 * number
+    return (tl.multiple_of(tl.load(record), ALIGN), tl.multiple_of(tl.load(record + 1), ALIGN),
+            tl.load(record + 2), tl.load(record + 3))  # fmt: skip
 
 
 @triton.jit
@@ -68,13 +67,13 @@ def _count(score, other, table, first, histograms, bound, lowest, shift,
     histogram = histograms + program.to(tl.int64) * BINS
     lane = tl.arange(0, BLOCK)
     for number in range(tl.load(first + program), tl.load(first + program + 1)):
-        x, y, _, length = _segment(table, number, score, other, ALIGN)
+        x, y, _, length = _segment(table, number, ALIGN)
         whole = length // BLOCK * BLOCK  # unmasked: 128-bit loads
         for start in range(0, whole, STEP * BLOCK):
-            _tally(histogram, _key(x, y, start + lane, None), lane >= 0, bound, lowest, shift, BITS)
+            _tally(histogram, _key(score + x, other, y, start + lane, None), lane >= 0, bound, lowest, shift, BITS)
         if whole < length:
             mask = whole + lane < length
-            _tally(histogram, _key(x, y, whole + lane, mask), mask, bound, lowest, shift, BITS)
+            _tally(histogram, _key(score + x, other, y, whole + lane, mask), mask, bound, lowest, shift, BITS)
 
 
 @triton.jit
@@ -103,15 +102,15 @@ def _gather(score, other, table, first, starts, above, inside, rest, bound, limi
     before_inside = tl.load(starts + 2 * program + 1)
     lane = tl.arange(0, BLOCK)
     for number in range(tl.load(first + program), tl.load(first + program + 1)):
-        x, y, position, length = _segment(table, number, score, other, ALIGN)
+        x, y, position, length = _segment(table, number, ALIGN)
         whole = length // BLOCK * BLOCK
         for start in range(0, whole, BLOCK):
-            key = _key(x, y, start + lane, None)
+            key = _key(score + x, other, y, start + lane, None)
             before_above, before_inside = _emit(key, lane >= 0, position + start + lane, above, inside, rest,
                                                 before_above, before_inside, bound, limit, shift)  # fmt: skip
         if whole < length:
             mask = whole + lane < length
-            key = _key(x, y, whole + lane, mask)
+            key = _key(score + x, other, y, whole + lane, mask)
             before_above, before_inside = _emit(key, mask, position + whole + lane, above, inside, rest,
                                                 before_above, before_inside, bound, limit, shift)  # fmt: skip
 
@@ -139,7 +138,7 @@ def _cut(scores: list[Tensor], others: list[Tensor]) -> Stretches:
     within = (starts - (ends - blocks)[tensor]) * BLOCK
     length = torch.minimum((torch.cat([starts[1:], ends[-1:]]) - starts) * BLOCK, lengths[tensor] - within)
     position = (lengths.cumsum(0) - lengths)[tensor] + within
-    columns, aligned = [], True
+    columns, aligned = [], all(t[0].data_ptr() % 16 == 0 for t in (scores, others) if t)
     for several in (scores, others or scores):
         distance = torch.tensor([(t.data_ptr() - several[0].data_ptr()) // size for t in several])
         aligned &= bool((distance % 16 == 0).all())
@@ -182,10 +181,12 @@ def _select(s: Stretches, k: int, n: int) -> Tensor:
     limit = inside if shift else need
     chosen = torch.empty(k - need, dtype=torch.int64, device=s.score.device)
     open_ = torch.empty(limit, dtype=torch.int64, device=s.score.device)
+    # about 16 bytes a thread: a whole BLOCK of positions would spill registers
+    block = BLOCK // (8 if s.align == 1 else 4 if s.score.element_size() > 2 else 2)
     rest = torch.empty(limit, dtype=torch.int64 if dtype.itemsize == 8 else torch.int32, device=s.score.device)
     _gather[(len(s.first) - 1,)](
         s.score, s.other, s.table, s.first, starts, chosen, open_, rest if shift else None, bound, limit, shift,
-        BLOCK=BLOCK // 2, ALIGN=s.align, num_warps=8,  # a whole BLOCK of positions would spill registers
+        BLOCK=block, ALIGN=s.align, num_warps=8,
     )  # fmt: skip
     if shift:
         open_ = open_[rest.argsort(descending=True, stable=True)[:need]].sort().values

@@ -18,8 +18,22 @@ def _one_minus_power(log_beta, age):
     y = age * log_beta
     if age.dtype == tl.float64:
         return 1 - tl.exp(y)
-    series = y * (1 + y / 2 * (1 + y / 3 * (1 + y / 4 * (1 + y / 5 * (1 + y / 6 * (1 + y / 7))))))
-    return tl.where(y > -0.5, -series, 1 - tl.exp(y))
+    series = 1 + y * (1 / 7)
+    for n in tl.static_range(6, 1, -1):
+        series = 1 + y * (1 / n) * series
+    return tl.where(y > -0.5, -y * series, 1 - tl.exp(y))
+
+
+@triton.jit
+def _divide(x, y):
+    """x / y to nearest: Triton's `/` is it in fp64 only."""
+    return x / y if x.dtype == tl.float64 else tl.div_rn(x, y)
+
+
+@triton.jit
+def _root(x):
+    """The square root to nearest; in fp32 `tl.sqrt` takes subnormal numbers for zero."""
+    return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
 
 
 @triton.jit
@@ -87,7 +101,8 @@ def _adamw(
     w = tl.load(values + entry, mask=mask, other=0.0).to(state)
     pull = w if base is None else w - tl.load(base + entry, mask=mask, other=0.0).to(state)
     w -= (rate * weight_decay).to(state) * pull
-    w -= rate.to(state) / correction1 * m / (tl.sqrt(v) / tl.sqrt(correction2) + tl.cast(eps, state))
+    denominator = _divide(_root(v), _root(correction2)) + tl.cast(eps, state)
+    w -= _divide(_divide(rate.to(state), correction1) * m, denominator)
 
     if STOCHASTIC:
         word = _random_word(_random_word(tl.cast(seed, tl.uint64), now), entry)
@@ -113,6 +128,7 @@ def sparse_adamw_(
             ordered, spans, reach, local, count, lr.to(local.device), beta1, beta2, _log(beta1), _log(beta2), eps,
             weight_decay, grad_scale, found_inf, seed or 0,
             STOCHASTIC=seed is not None, MAXIMIZE=maximize, TILE_COLS=tile[1], COMPLETE=complete, CHUNK=CHUNK,
+            num_warps=8,  # four entries a thread: with eight, registers are spilled
         )  # fmt: skip
 
 

@@ -288,6 +288,7 @@ def select_topk(
         for tensor in tensors:
             _expect_dtype(name, tensor, (several[0].dtype,))
             _expect(tensor.is_contiguous(), name, "contiguous", f"strides {tensor.stride()}")
+            _expect_device(name, tensor, several[0])
     return torch.ops.sparseft.select_topk(several, second, k, score)
 
 

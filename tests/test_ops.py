@@ -459,6 +459,16 @@ ERRORS = {
         TypeError,
         "others must be torch.float32, got torch.float64",
     ),
+    "scores device": (
+        topk(scores=[torch.zeros(4), torch.zeros(4, device="meta")]),
+        ValueError,
+        "scores must be on cpu, got meta",
+    ),
+    "others device": (
+        topk(score="product", others=[torch.zeros(4, 5), torch.zeros(6, device="meta")]),
+        ValueError,
+        "others must be on cpu, got meta",
+    ),
     "scores dtypes": (
         topk(scores=[torch.zeros(4), torch.zeros(4).half()]),
         TypeError,

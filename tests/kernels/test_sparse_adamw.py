@@ -284,6 +284,32 @@ def test_same_bits_on_every_run(implementation):
             assert_same_bits(got, first, "weight")
 
 
+def test_replayed_from_a_cuda_graph(implementation):
+    """One captured step, replayed with other numbers in device memory, does what calls of their own do."""
+    if implementation.device != "cuda":
+        pytest.skip("CUDA graphs need a GPU (tests/triton/test_capture.py does without)")
+    e, held = entries(SEVERAL_LAYERS[0]), Held("cuda")
+    a = start(e, torch.bfloat16) | {"weight_decay": 0.1, "lr": torch.tensor(0.01, dtype=torch.float64)}
+    a |= {"grad_scale": torch.tensor(1.0), "found_inf": torch.tensor(0.0)}
+    replayed, called = place(a, held.put), place(a, held.put)
+    for placed in (replayed, called):  # what is prepared once per worklist
+        call(implementation, placed)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call(implementation, replayed)
+    for step, lr, scale, found in ((61, 0.02, 0.5, 0.0), (62, 0.005, 2.0, 0.0), (62, 0.1, 1.0, 1.0)):
+        for placed in (replayed, called):
+            placed["step"].fill_(step)
+            for name, number in (("lr", lr), ("grad_scale", scale), ("found_inf", found)):
+                placed[name].fill_(number)
+        graph.replay()
+        call(implementation, called)
+        for name in STATE:
+            assert_same_bits(replayed[name], called[name], name)
+        for got, want in zip(replayed["weights"], called["weights"], strict=True):
+            assert_same_bits(got, want, "weight")
+
+
 def test_offsets_beyond_int32(implementation, tmp_path):
     """A weight of more than 2^31 elements (a sparse file): its last row is written where it is."""
     shape = (2**31 // 31000 + 41, 31000)

@@ -1,9 +1,9 @@
 """Triton's interpreter, made strict: it computes what a GPU computes and refuses what a GPU would silently corrupt.
 
-Import it before any kernel module. The stock interpreter (triton 3.9) computes bf16 wrongly, checks no bounds and
-runs programs in order, which hides races. Here, in every launch:
+Import it before any kernel module. The stock interpreter (triton 3.6 to 3.9) computes bf16 wrongly, checks no bounds
+and runs programs in order, which hides races. Here, in every launch:
 
-    bf16 is bf16 (ml_dtypes), and fp32 operands of a "tf32" product are rounded to tf32
+    bf16 is bf16 (ml_dtypes); a "tf32" product rounds its fp32 operands to tf32, a "tf32x3" one sums three of these
     an access outside the tensors of the launch, or a misaligned one, raises IndexError
     lanes that a load masks out without giving `other` hold NaN (or a huge integer), not zero
     a false `tl.multiple_of` raises, and so does a store that writes one address from two lanes
@@ -211,6 +211,7 @@ def patch_lang(function) -> Unpatched:
     if function.__module__ not in _patched:
         _patched.add(function.__module__)
         _patch_lang(function)
+        tl.tensor.__index__ = lambda self: self.handle.data.item()  # triton 3.6 fails at it beside numpy 2.4
     return Unpatched()
 
 
@@ -284,7 +285,7 @@ TensorHandle.set_attr = set_attr
 # ---- arithmetic -----------------------------------------------------------------------------------------------
 
 _np_dtype, _cast, _convert = interpreter._get_np_dtype, Builder.cast_impl, Builder.create_fp_to_fp
-_dot, _round = Builder.create_dot, interpreter._round_f32_to_tf32
+_dot = Builder.create_dot
 
 
 @cache  # the stock one builds a table at every call
@@ -312,12 +313,27 @@ def create_fp_to_fp(self, source, dtype, rounding):
 
 
 def create_dot(self, a, b, acc, precision, imprecise):
-    def operand(x):
-        if x.data.dtype == np.float32 and precision == interpreter._ir.INPUT_PRECISION.TF32:
-            return TensorHandle(_round(x.data), tl.float32)
-        return TensorHandle(x.data.astype(np.float32), tl.float32) if x.data.dtype == BF16 else x
+    modes = interpreter._ir.INPUT_PRECISION
 
-    return _dot(self, operand(a), operand(b), acc, precision, imprecise)
+    def product(x, y, total):
+        return _dot(self, TensorHandle(x, tl.float32), TensorHandle(y, tl.float32), total, modes.IEEE, imprecise)
+
+    if a.data.dtype == BF16:
+        return product(a.data.astype(np.float32), b.data.astype(np.float32), acc)
+    if a.data.dtype != np.float32 or precision not in (modes.TF32, modes.TF32x3):
+        return _dot(self, a, b, acc, precision, imprecise)
+    x, y = _tf32(a.data), _tf32(b.data)
+    if precision == modes.TF32x3:
+        small = product(_tf32(a.data - x), y, TensorHandle(np.zeros_like(acc.data), tl.float32))
+        small = product(x, _tf32(b.data - y), small).data
+        acc = TensorHandle(acc.data + np.where(np.isnan(small), np.float32(0), small), tl.float32)  # inf - inf
+    return product(x, y, acc)
+
+
+def _tf32(x: np.ndarray) -> np.ndarray:
+    """fp32 to nearest with 10 bits of mantissa, ties away from zero, as PTX's cvt.rna.tf32.f32."""
+    nearest = ((np.ascontiguousarray(x).view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+    return np.where(np.isfinite(x), nearest, x)
 
 
 interpreter._get_np_dtype = get_np_dtype

@@ -130,14 +130,24 @@ def test_bf16_arithmetic():
     torch.testing.assert_close(product, x.float() @ y.float(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("precision", "unit"), [("tf32", 2.0**-11), ("ieee", 2.0**-24)])
-def test_tf32_products_are_rounded(precision, unit):
+@pytest.mark.parametrize(("precision", "unit"), [("tf32", 2.0**-11), ("tf32x3", 2.0**-22), ("ieee", 2.0**-24)])
+def test_products_of_fp32_are_as_precise_as_asked(precision, unit):
     x, y = torch.randn(16, 16), torch.randn(16, 16)
     product = torch.empty(16, 16)
     _arithmetic[(1,)](x, y, torch.empty(16, 16), product, N=16, PRECISION=precision)
     exact, magnitude = x.double() @ y.double(), x.double().abs() @ y.double().abs()
     error = ((product - exact).abs() / magnitude).max()
     assert unit / 100 < error < 20 * unit
+
+
+def test_three_tf32_products_lose_the_product_of_the_small_parts():
+    """1 - 3 * 2^-12 is 1 - 2^-11 (a tie, away from zero) and -2^-12. Infinities stay what they are."""
+    x, product = torch.zeros(16, 16).fill_diagonal_(1 - 3 * 2**-12), torch.empty(16, 16)
+    _arithmetic[(1,)](x, x, torch.empty(16, 16), product, N=16, PRECISION="tf32x3")
+    assert product[0, 0].item() == (1 - 3 * 2**-12) ** 2 - (2**-12) ** 2
+    x[0, 0] = torch.inf
+    _arithmetic[(1,)](x, x, torch.empty(16, 16), product, N=16, PRECISION="tf32x3")
+    assert product[0, 0] == torch.inf and product[1, 1].isfinite()
 
 
 @pytest.mark.parametrize("target", [torch.bfloat16, torch.float16, torch.float64])
