@@ -259,7 +259,7 @@ Operand<T> make_operand(const Call& call, const Tensor& matrix, const std::optio
 
 // Whether panels are the better way. Both ways are bound by the operands' elements that they load for each t: a part of
 // a tile 2 * side of them; an entry, taken to need a column of its own, 1 and that column's share of the panel's rows;
-// a column that is copied first is read twice and written once. Panels where these are fewer than half as many.
+// a column that is copied first, 2 more. Panels where these are fewer than half as many.
 //
 // A worklist may be a part of what `local` holds; then there are fewer entries than it looks, and tiles more often.
 bool prefers_panels(const Entries& entries, int side, int64_t copied) {
