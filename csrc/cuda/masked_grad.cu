@@ -284,30 +284,31 @@ void masked_grad_cuda(Tensor out, const Tensor& grad_out, const Tensor& input, s
   const auto by_rows = [](const Tensor& matrix) {  // the kernels step through a row one element at a time
     return matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : torch::stable::contiguous(matrix);
   };
+  const bool large = entries.tile_rows >= 128 && entries.tile_cols >= 128;
+  const bool left_lies = panels::lies_by_columns(grad_out), right_lies = panels::lies_by_columns(input);
+  const int64_t copied = (left_lies ? 0 : grad_out.size(1)) + (right_lies ? 0 : input.size(1));
+  const bool by_panels = grad_out.element_size() == 2 && prefers_panels(entries, large ? 128 : 64, copied);
+  const bool left_by_columns = by_panels && left_lies, right_by_columns = by_panels && right_lies;
+  const Tensor left = left_by_columns ? grad_out : by_rows(grad_out);  // alive until all is launched
+  const Tensor right = right_by_columns ? input : by_rows(input);
   visit_float(grad_out.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const auto problem_of = [&](const Tensor& left, const Tensor& right, bool left_lies, bool right_lies) {
-      return Problem<T>{make_operand<T>(call, left, rows, left_lies),
-                        make_operand<T>(call, right, cols, right_lies),
-                        left.size(0),
-                        entries,
-                        plain::kFew,
-                        call.output<Wide<T>>(out),
-                        accumulate};
-    };
+    const Problem<T> problem{make_operand<T>(call, left, rows, left_by_columns),
+                             make_operand<T>(call, right, cols, right_by_columns),
+                             left.size(0),
+                             entries,
+                             plain::kFew,
+                             call.output<Wide<T>>(out),
+                             accumulate};
     if constexpr (sizeof(T) > 2) {
       call.launch(plain::masked_grad<T>, part_count(entries, plain::kSide), plain::kThreads, sizeof(plain::Memory<T>),
-                  problem_of(by_rows(grad_out), by_rows(input), false, false));
+                  problem);
+    } else if (by_panels) {
+      panels::run(call, problem, left_by_columns, right_by_columns);
+    } else if (large) {
+      tensor_core::run<T, 128>(call, problem);
     } else {
-      const bool large = entries.tile_rows >= 128 && entries.tile_cols >= 128;
-      const bool left_lies = panels::lies_by_columns(grad_out), right_lies = panels::lies_by_columns(input);
-      const int64_t copied = (left_lies ? 0 : grad_out.size(1)) + (right_lies ? 0 : input.size(1));
-      if (prefers_panels(entries, large ? 128 : 64, copied)) {
-        const Tensor left = left_lies ? grad_out : by_rows(grad_out), right = right_lies ? input : by_rows(input);
-        return panels::run(call, problem_of(left, right, left_lies, right_lies), left_lies, right_lies);
-      }
-      const auto problem = problem_of(by_rows(grad_out), by_rows(input), false, false);
-      large ? tensor_core::run<T, 128>(call, problem) : tensor_core::run<T, 64>(call, problem);
+      tensor_core::run<T, 64>(call, problem);
     }
   });
 }
