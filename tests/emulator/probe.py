@@ -37,6 +37,17 @@ def both(operation: str, arguments: tuple, changed: list[Tensor]) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@contextmanager
+def way(name: str) -> Iterator[None]:
+    """masked_grad_ by "tiles" or "panels", whatever its rule would choose."""
+    before = os.environ.get("SPARSEFT_MASKED_GRAD", "")
+    os.environ["SPARSEFT_MASKED_GRAD"] = name
+    try:
+        yield
+    finally:
+        os.environ["SPARSEFT_MASKED_GRAD"] = before
+
+
 def masked_grad_() -> None:
     for dtype, tile, shape, tokens, accumulate in (
         (torch.float32, (64, 64), (70, 90), 37, True),
@@ -47,27 +58,17 @@ def masked_grad_() -> None:
         (pattern,) = patterns([shape], tile, 0.1)
         layout = [*pattern.layout[:4], list(pattern.tile)]
         out, grad_out, input = torch.randn(len(pattern)), torch.randn(tokens, shape[0]), torch.randn(tokens, shape[1])
-        both("masked_grad_", (out, grad_out.to(dtype), input.to(dtype), *layout, accumulate), [out])
-
-
-@contextmanager
-def panels() -> Iterator[None]:
-    """masked_grad_ by panels, whatever its rule would choose."""
-    before = os.environ.get("SPARSEFT_MASKED_GRAD", "")
-    os.environ["SPARSEFT_MASKED_GRAD"] = "panels"
-    try:
-        yield
-    finally:
-        os.environ["SPARSEFT_MASKED_GRAD"] = before
+        with way("tiles"):
+            both("masked_grad_", (out, grad_out.to(dtype), input.to(dtype), *layout, accumulate), [out])
 
 
 def masked_grad_panels() -> None:
     """Several chunks, stages used again, blocks with several bands of tiles, panels without entries."""
-    for tile, shape, density, tokens in (((16, 200), (20, 300), 0.1, 330), ((32, 16), (330, 900), 0.002, 20)):
+    for tile, shape, density, tokens in (((16, 200), (20, 300), 0.1, 330), ((32, 16), (330, 1700), 0.004, 20)):
         (pattern,) = patterns([shape], tile, density)
         layout = [*pattern.layout[:4], list(pattern.tile)]
         out, grad_out, input = torch.randn(len(pattern)), torch.randn(tokens, shape[0]), torch.randn(tokens, shape[1])
-        with panels():
+        with way("panels"):
             both("masked_grad_", (out, grad_out.bfloat16(), input.bfloat16(), *layout, True), [out])
 
 
@@ -129,9 +130,10 @@ def offsets_beyond_int32() -> None:
     for matrix in (by_rows, by_columns):
         matrix.copy_(torch.randn(matrix.shape))
         out = torch.zeros(9)
-        with panels():
+        with way("panels"):
             both("masked_grad_", (out, matrix, matrix, *layout, False), [out])
-    both("masked_grad_", (out, by_rows, by_rows, *layout, False), [out])
+    with way("tiles"):
+        both("masked_grad_", (out, by_rows, by_rows, *layout, False), [out])
 
 
 def scores_beyond_int32() -> None:

@@ -10,8 +10,7 @@ from ..kernels.table import ONE_LAYER, SEVERAL_LAYERS, Case, crossed, entries, g
 
 OPERATION = table.OPERATION
 HALVES = (torch.bfloat16, torch.float16)
-# Blocks take two tiles, of one or two bands of rows; many panels are empty.
-MANY_TILES = Case("many_tiles", ((330, 900),), (32, 16), 0.003)
+MANY_TILES = Case("many_tiles", ((330, 1700),), (32, 16), 0.004)  # four in a block, of one or two bands; empty panels
 WIDE_TILES = Case("wide_tiles", ((20, 700),), (16, 300), 0.05)  # several chunks in a block
 
 
