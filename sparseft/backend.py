@@ -7,6 +7,7 @@ TRITON_INTERPRET=1), `cpu` (compiled, CPU tensors), `reference` (plain torch, an
 Environment: SPARSEFT_BACKEND=<name> forces one implementation; an operation or device it cannot serve raises.
 """
 
+import ctypes
 import importlib
 import importlib.util
 import json
@@ -125,11 +126,18 @@ def _unfit_gpu() -> str | None:
     oldest = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
     if oldest < OLDEST_GPU:
         return "it needs GPUs of compute capability {}.{} or later, got {}.{}".format(*OLDEST_GPU, *oldest)
-    driver = torch._C._cuda_getDriverVersion() // 1000  # 12080: serves CUDA 12.8, and every 12.x
+    driver = _driver_cuda()
     built = re.search(r"V(\d+)\.", _build_record(Path(__file__).parent, "cuda compiler"))
     if built and driver < int(built[1]):
         return f"it was built with CUDA {built[1]}, and the driver serves CUDA {driver} at most: update the driver"
     return None
+
+
+def _driver_cuda() -> int:
+    """The major version of the CUDA that the driver serves: programs of any of its minor versions run."""
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value // 1000  # 12080: 12.8
 
 
 @cache
