@@ -29,7 +29,7 @@ INSTRUCTIONS = {
     "load16": r"\bLDG\.\S*\b128\b",
     "store16": r"\bSTG\.\S*\b128\b",
     "copy": r"\bLDGSTS\.\S*\b128\b",  # cp.async of 16 bytes
-    "matrix": r"\bLDSM\.\S*MT88\.4\b",  # ldmatrix.x4.trans
+    "matrix": r"\bLDSM\.\S*MT?88\.4\b",  # ldmatrix.x4, .trans or not
     "mma": r"\bHMMA\.16816\.F32\b",
     "fma": r"\b[FD]FMA\b",
     "smem_atomic": r"\bATOMS\.",
@@ -69,6 +69,11 @@ def expected(name: str) -> Expectation | None:
         threads = side // 32 * 2 * 32
         least = {"mma": 32 // 16 * (side // 2 // 8), "matrix": 32 // 16 + side // 2 // 16, "copy": 2}
         return Expectation(threads, least=least, most={"atomic": 0})
+    if "panels::masked_grad<" in name:
+        # A warp's share is 16 x 16. Per 16 steps of t: two products of 16 x 8, ldmatrix.x4 for the rows and for the
+        # columns. Columns are marked by atomics in shared memory; every output has one writer.
+        least = {"mma": 2, "matrix": 2, "copy": 1, "smem_atomic": 1}
+        return Expectation(128, 4, least=least, most={"atomic": 0})
     if "plain::masked_grad<" in name:  # a thread's 4 x 4 sums
         return Expectation(256, least={"fma": 4 * 4}, most={"mma": 0, "atomic": 0})
     if found := re.search(r"scatter_delta<(\w+), (\w+)>", name):
@@ -90,7 +95,7 @@ def expected(name: str) -> Expectation | None:
         # 16 elements a thread and tensor, as 16-byte groups whose bits stay in registers; one ticket a block.
         loads = SIZES[found[1]] * (2 if found[2] == "true" else 1)
         return Expectation(256, 4, least={"load16": loads}, most={"atomic": 1})
-    if "choose_digit" in name or "compact_columns" in name:
+    if re.search("choose_digit|compact_columns|panels::turn", name):
         return Expectation(256, most={"atomic": 0})
     if re.search("begin_selection|store_records", name):
         return Expectation(64, most={"atomic": 0})

@@ -1,15 +1,18 @@
 """Which implementation serves each operation: finds them at import, chooses at each call, explains itself.
 
-Implementations, fastest first: `cuda` (compiled, CUDA tensors), `triton` (CUDA tensors; CPU tensors under
-TRITON_INTERPRET=1), `cpu` (compiled, CPU tensors), `reference` (plain torch, any device).
+Implementations, the preferred first: `cuda` (compiled, CUDA tensors), `triton` (CUDA tensors; CPU tensors under
+TRITON_INTERPRET=1), `cpu` (compiled, CPU tensors), `reference` (plain torch, any device). That `cuda` comes before
+`triton` is the order by default: no GPU has been there to measure which is faster for which operation.
 
 Environment: SPARSEFT_BACKEND=<name> forces one implementation; an operation or device it cannot serve raises.
 """
 
+import ctypes
 import importlib
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -21,6 +24,7 @@ from sparseft import reference
 
 OPERATIONS = ("masked_grad_", "scatter_delta_", "sparse_adamw_", "select_topk")
 NAMES = ("cuda", "triton", "cpu", "reference")
+OLDEST_GPU = (8, 0)  # compute capability: what csrc/cuda is compiled for (setup.py)
 _LIBRARIES = {"cpu": "_C.so", "cuda": "_C_cuda.so"}
 
 _missing: dict[str, str] = {}  # implementation -> why it is not there
@@ -106,12 +110,34 @@ def _refusal(name: str, operation: str, device_type: str) -> str | None:
             return f"it runs on {name} tensors only, got {device_type}"
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"sparseft_{name}::{operation}", name.upper()):
             return f"{_LIBRARIES[name]} has no kernel for it"
-        return None
+        return _unfit_gpu() if name == "cuda" else None
     if not _has_triton_kernel(operation):
         return "there is no Triton kernel for it"
     if device_type == "cpu" and (os.environ.get("TRITON_INTERPRET") != "1" or _forced != "triton"):
         return "on CPU tensors it runs only when forced and under TRITON_INTERPRET=1"
     return None if device_type in ("cpu", "cuda") else f"it runs on cuda tensors only, got {device_type}"
+
+
+@cache
+def _unfit_gpu() -> str | None:
+    """Why the CUDA library cannot run on this machine's GPUs, or None if it can (or if there are none to ask)."""
+    if not torch.cuda.is_available():
+        return None
+    oldest = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    if oldest < OLDEST_GPU:
+        return "it needs GPUs of compute capability {}.{} or later, got {}.{}".format(*OLDEST_GPU, *oldest)
+    driver = _driver_cuda()
+    built = re.search(r"V(\d+)\.", _build_record(Path(__file__).parent, "cuda compiler"))
+    if built and driver < int(built[1]):
+        return f"it was built with CUDA {built[1]}, and the driver serves CUDA {driver} at most: update the driver"
+    return None
+
+
+def _driver_cuda() -> int:
+    """The major version of the CUDA that the driver serves: programs of any of its minor versions run."""
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value // 1000  # 12080: 12.8
 
 
 @cache
@@ -151,7 +177,12 @@ def backends() -> dict[str, dict[str, dict[str, str]]]:
                 serving = _forced if _forced in able else f"nothing: {_forced} is forced and {reasons[_forced]}"
             else:
                 serving = able[0]
-            others = {n: r or ("not chosen: another is forced" if _forced else f"not needed: {serving} is faster")
-                      for n, r in reasons.items() if n != serving}  # fmt: skip
+            if _forced is not None:
+                idle = "not chosen: another is forced"
+            elif device == "cpu":
+                idle = f"not needed: {serving} is faster"
+            else:
+                idle = f"not needed: {serving} comes first by default (not measured: no GPU was there)"
+            others = {name: reason or idle for name, reason in reasons.items() if name != serving}
             report[operation][device] = {"serves": serving, **others}
     return report

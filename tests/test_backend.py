@@ -192,3 +192,59 @@ def test_the_environment_forces():
 def test_the_environment_cannot_force_what_is_not_there():
     done = run(CODE, SPARSEFT_BACKEND="fpga")
     assert done.returncode != 0 and "backend must be one of" in done.stderr and "'fpga'" in done.stderr
+
+
+class FakeGPUs:
+    """A machine with these GPUs, this driver and a CUDA library with all kernels, as far as the choice can see."""
+
+    def __init__(self, monkeypatch, capabilities: list[tuple[int, int]], driver: int, compiler: str):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+        monkeypatch.setattr(backend, "_driver_cuda", lambda: driver)
+        monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
+        monkeypatch.setattr(backend, "_missing", {})
+        monkeypatch.setattr(backend, "_build_record", lambda here, name: compiler)
+
+    def __enter__(self):
+        backend._unfit_gpu.cache_clear()
+        return backend.backends()[OPERATION]["cuda"]
+
+    def __exit__(self, *_):
+        backend._unfit_gpu.cache_clear()
+
+
+NVCC = "Cuda compiler driver, V13.0.88"
+
+
+def test_the_driver_is_asked(monkeypatch):
+    class Driver:
+        def __init__(self, name: str):
+            assert name == "libcuda.so.1"
+
+        def cuDriverGetVersion(self, version) -> int:
+            version._obj.value = 12080
+            return 0
+
+    monkeypatch.setattr(backend.ctypes, "CDLL", Driver)
+    assert backend._driver_cuda() == 12
+
+
+def test_the_choice_between_cuda_and_triton_says_that_it_was_not_measured(monkeypatch):
+    with FakeGPUs(monkeypatch, [(8, 0), (9, 0)], 13, NVCC) as report:
+        assert report["serves"] == "cuda"
+        assert report["triton"] == "not needed: cuda comes first by default (not measured: no GPU was there)"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "driver", "reason"),
+    [
+        ([(8, 6), (7, 5)], 13, "it needs GPUs of compute capability 8.0 or later, got 7.5"),
+        ([(9, 0)], 12, "it was built with CUDA 13, and the driver serves CUDA 12 at most: update the driver"),
+    ],
+    ids=["old GPU", "old driver"],
+)
+def test_gpus_that_cannot_run_the_cuda_library(monkeypatch, capabilities, driver, reason):
+    with FakeGPUs(monkeypatch, capabilities, driver, NVCC) as report:
+        assert report["serves"] == "triton"
+        assert report["cuda"] == reason

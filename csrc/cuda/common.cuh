@@ -223,16 +223,36 @@ Table<R> make_table(Call& call, const std::vector<R>& records) {
 
 // ---- entries -----------------------------------------------------------------------------------------------------
 
+// Whether 0 <= index < size.
+__host__ __device__ inline bool is_inside(int64_t index, int64_t size) {
+  return static_cast<uint64_t>(index) < static_cast<uint64_t>(size);
+}
+
 // The worklist, as kernels see it (the tensors: sparseft/reference.py). Its tiles ascend in entry0.
+//
+// The device's memory cannot be checked without waiting for it. So kernels check what they read before they follow it:
+// in a wrong worklist, entries that point outside are passed over, and nothing outside a tensor is touched.
 struct Entries {
   const int32_t* rows;
   const int32_t* cols;
+  int64_t row_count, col_count;  // active ones
   const Tile* tiles;
   int64_t tile_count;
   const uint16_t* local;
   int64_t count;  // k
   int tile_rows, tile_cols;
   uint64_t reciprocal;  // ceil(2^32 / tile_cols): exact for the division of 16-bit positions
+
+  // A tile; a wrong one has only those of its entries that exist, or none.
+  __device__ Tile tile(int64_t number) const {
+    Tile tile = tiles[number];
+    tile.entry0 = min(max(tile.entry0, int64_t{0}), count);
+    tile.entry1 = min(tile.entry1, count);
+    if (!is_inside(tile.row0, row_count) || !is_inside(tile.col0, col_count)) {
+      tile = {tile.layer, 0, 0, tile.entry0, tile.entry0};
+    }
+    return tile;
+  }
 
   // Row and column inside the tile.
   __device__ int row(unsigned position) const { return static_cast<int>(position * reciprocal >> 32); }
@@ -241,8 +261,11 @@ struct Entries {
 
 inline Entries make_entries(const Call& call, const std::optional<Tensor>& rows, const std::optional<Tensor>& cols,
                             const Tensor& tiles, const Tensor& local, const std::vector<int64_t>& tile) {
+  constexpr int64_t any = int64_t{1} << 62;  // of a compact operand: its own width decides
   return {call.input<int32_t>(rows),
           call.input<int32_t>(cols),
+          rows ? rows->numel() : any,
+          cols ? cols->numel() : any,
           reinterpret_cast<const Tile*>(call.input<int64_t>(tiles)),
           tiles.size(0),
           call.input<uint16_t>(local),

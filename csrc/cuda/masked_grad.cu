@@ -2,8 +2,11 @@
 //
 // A block computes one square part of a tile of the worklist over all t, in a fixed order, and the entries pick
 // their sums from shared memory: every output has one writer, so the result is the same on every run. bf16 and fp16
-// multiply on tensor cores, fp32 and fp64 on the ordinary ones.
-#include "masked_grad.cuh"
+// multiply on tensor cores, fp32 and fp64 on the ordinary ones. Where tiles hold few entries: panels.cuh.
+#include "panels.cuh"
+
+#include <cstdlib>
+#include <string_view>
 
 namespace sparseft {
 namespace {
@@ -209,8 +212,7 @@ constexpr int64_t kWorkspace = 64 << 20;  // bytes of compact copies at a time
 
 template <typename T, int kSide>
 void run(Call& call, Problem<T> problem) {
-  const int64_t parts =
-      problem.entries.tile_count * parts_down(problem.entries, kSide) * parts_across(problem.entries, kSide);
+  const int64_t parts = part_count(problem.entries, kSide);
   const auto multiply = [&] {
     call.launch(masked_grad<T, kSide>, parts, kThreads<kSide>, sizeof(Memory<kSide>), problem);
   };
@@ -248,10 +250,29 @@ void run(Call& call, Problem<T> problem) {
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
+// By rows or by columns: `stride` is the larger step, the other one is 1.
 template <typename T>
-Operand<T> make_operand(const Call& call, const Tensor& matrix, const std::optional<Tensor>& index) {
-  return {call.input<T>(matrix), matrix.stride(0), matrix.size(1), call.input<int32_t>(index),
+Operand<T> make_operand(const Call& call, const Tensor& matrix, const std::optional<Tensor>& index, bool by_columns) {
+  return {call.input<T>(matrix), matrix.stride(by_columns ? 1 : 0), matrix.size(1), call.input<int32_t>(index),
           index ? index->numel() : matrix.size(1)};
+}
+
+// Whether panels are the better way. Both ways are bound by the operands' elements that they load for each t: a part of
+// a tile 2 * side of them; an entry, taken to need a column of its own, 1 and that column's share of the panel's rows;
+// a column that is copied first, 2 more. Panels where these are fewer than half as many.
+//
+// A worklist may be a part of what `local` holds; then there are fewer entries than it looks, and tiles more often.
+bool prefers_panels(const Entries& entries, int side, int64_t copied) {
+  if (panels::words_of(entries.tile_cols) > panels::kWords) return false;
+  const char* set = std::getenv("SPARSEFT_MASKED_GRAD");
+  const std::string_view asked = set == nullptr ? "" : set;
+  STD_TORCH_CHECK(asked.empty() || asked == "tiles" || asked == "panels",
+                  "masked_grad_: SPARSEFT_MASKED_GRAD must be tiles or panels, got ", set);
+  if (!asked.empty()) return asked == "panels";
+  if (entries.tile_rows < panels::kPanel) return false;
+  const double each = 1 + static_cast<double>(panels::kPanel) / panels::kChunk;
+  const double elements = each * static_cast<double>(entries.count) + 2 * static_cast<double>(copied);
+  return 2 * elements < 2 * side * static_cast<double>(part_count(entries, side));
 }
 
 void masked_grad_cuda(Tensor out, const Tensor& grad_out, const Tensor& input, std::optional<Tensor> rows,
@@ -259,25 +280,32 @@ void masked_grad_cuda(Tensor out, const Tensor& grad_out, const Tensor& input, s
                       bool accumulate) {
   check_masked_grad(out, grad_out, input, rows, cols, tiles, local, tile);
   Call call(out);
+  const Entries entries = make_entries(call, rows, cols, tiles, local, tile);
   const auto by_rows = [](const Tensor& matrix) {  // the kernels step through a row one element at a time
     return matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : torch::stable::contiguous(matrix);
   };
-  const Tensor left = by_rows(grad_out), right = by_rows(input);
-  const Entries entries = make_entries(call, rows, cols, tiles, local, tile);
+  const bool large = entries.tile_rows >= 128 && entries.tile_cols >= 128;
+  const bool left_lies = panels::lies_by_columns(grad_out), right_lies = panels::lies_by_columns(input);
+  const int64_t copied = (left_lies ? 0 : grad_out.size(1)) + (right_lies ? 0 : input.size(1));
+  const bool by_panels = grad_out.element_size() == 2 && prefers_panels(entries, large ? 128 : 64, copied);
+  const bool left_by_columns = by_panels && left_lies, right_by_columns = by_panels && right_lies;
+  const Tensor left = left_by_columns ? grad_out : by_rows(grad_out);  // alive until all is launched
+  const Tensor right = right_by_columns ? input : by_rows(input);
   visit_float(grad_out.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Problem<T> problem{make_operand<T>(call, left, rows),
-                             make_operand<T>(call, right, cols),
+    const Problem<T> problem{make_operand<T>(call, left, rows, left_by_columns),
+                             make_operand<T>(call, right, cols, right_by_columns),
                              left.size(0),
                              entries,
                              plain::kFew,
                              call.output<Wide<T>>(out),
                              accumulate};
     if constexpr (sizeof(T) > 2) {
-      const int64_t parts =
-          entries.tile_count * parts_down(entries, plain::kSide) * parts_across(entries, plain::kSide);
-      call.launch(plain::masked_grad<T>, parts, plain::kThreads, sizeof(plain::Memory<T>), problem);
-    } else if (entries.tile_rows >= 128 && entries.tile_cols >= 128) {
+      call.launch(plain::masked_grad<T>, part_count(entries, plain::kSide), plain::kThreads, sizeof(plain::Memory<T>),
+                  problem);
+    } else if (by_panels) {
+      panels::run(call, problem, left_by_columns, right_by_columns);
+    } else if (large) {
       tensor_core::run<T, 128>(call, problem);
     } else {
       tensor_core::run<T, 64>(call, problem);

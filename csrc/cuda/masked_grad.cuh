@@ -1,4 +1,4 @@
-// What both kernels of masked_grad share: the operands, the part of a tile that a block computes, the path for parts
+// What the kernels of masked_grad share: the operands, the part of a tile that a block computes, the path for parts
 // with few entries, and how the sums reach the entries.
 #pragma once
 
@@ -17,9 +17,9 @@ struct Operand {
 
   // -1 where a part reaches beyond the active columns, or into those of another layer.
   __device__ int64_t column(int64_t c) const {
-    if (c >= active) return -1;
+    if (!is_inside(c, active)) return -1;
     const int64_t at = index != nullptr ? index[c] : c;
-    return at < width ? at : -1;
+    return is_inside(at, width) ? at : -1;
   }
 };
 
@@ -43,6 +43,10 @@ __host__ __device__ inline int64_t parts_across(const Entries& entries, int side
   return (entries.tile_cols + side - 1) / side;
 }
 
+inline int64_t part_count(const Entries& entries, int side) {
+  return entries.tile_count * parts_down(entries, side) * parts_across(entries, side);
+}
+
 // The kSide x kSide part of a tile that a block computes.
 template <int kSide>
 struct Part {
@@ -52,7 +56,7 @@ struct Part {
 
   __device__ Part(const Entries& entries, int64_t block) {
     const int64_t across = parts_across(entries, kSide), parts = across * parts_down(entries, kSide);
-    const Tile tile = entries.tiles[block / parts];
+    const Tile tile = entries.tile(block / parts);
     row = static_cast<int>(block % parts / across) * kSide;
     col = static_cast<int>(block % parts % across) * kSide;
     row0 = tile.row0 + row;
@@ -106,6 +110,7 @@ __device__ void sample(const Problem<T>& problem, const Part<kSide>& part) {
     int r, c;
     if (!part.find(problem.entries, e, r, c)) continue;
     const int64_t row = problem.rows.column(part.row0 + r), col = problem.cols.column(part.col0 + c);
+    if (row < 0 || col < 0) continue;
     S sum = 0;
     for (int64_t t = lane; t < problem.depth; t += kWarp) {
       sum += static_cast<S>(problem.rows.data[t * problem.rows.stride + row]) *

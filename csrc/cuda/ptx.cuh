@@ -71,6 +71,15 @@ __device__ inline void load_matrices(uint32_t (&to)[4], const void* row) {
                : "memory");
 }
 
+// The same without transposing: lane l receives elements (row l / 4, column 2 (l % 4)) and (row l / 4, column
+// 2 (l % 4) + 1).
+__device__ inline void load_matrices_plain(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+
 // c (16 x 8) += a (16 x 16) b (16 x 8) on the tensor cores, summed in fp32. With g = lane / 4 and q = lane % 4:
 // c holds (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1); a's registers hold two neighbours each, from (g, 2q),
 // (g + 8, 2q), (g, 2q + 8), (g + 8, 2q + 8); b's hold (2q, g), (2q + 1, g) and (2q + 8, g), (2q + 9, g).

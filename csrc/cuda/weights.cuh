@@ -12,13 +12,15 @@ constexpr int kEntryThreads = 256;
 template <typename W>
 struct Weight {
   W* data;
-  int64_t cols;
+  int64_t rows, cols;
 };
 
 template <typename W>
 Table<Weight<W>> make_weights(Call& call, const std::vector<Tensor>& weights) {
   std::vector<Weight<W>> records;
-  for (const Tensor& weight : weights) records.push_back({call.output<W>(weight), weight.size(1)});
+  for (const Tensor& weight : weights) {
+    records.push_back({call.output<W>(weight), weight.size(0), weight.size(1)});
+  }
   return make_table(call, records);
 }
 
@@ -27,6 +29,8 @@ inline int64_t entry_blocks(const Entries& entries, int quads) {
   const int64_t each = kEntryThreads * kQuad * quads;
   return entries.tile_count == 0 ? 0 : (entries.count + each - 1) / each;
 }
+
+constexpr unsigned kAllActive = (1u << kQuad) - 1;
 
 // Four neighbouring entries; bit i of `active` says that entry + i is in the worklist.
 struct Quad {
@@ -69,7 +73,7 @@ struct Cursor {
 
   __device__ void take(const Entries& entries) {
     if (number < entries.tile_count) {
-      tile = entries.tiles[number];
+      tile = entries.tile(number);
     } else {
       tile = {0, 0, 0, INT64_MAX, INT64_MAX};
     }
@@ -94,25 +98,35 @@ struct Located {
 
   __device__ void locate(const Entries& entries, const Table<Weight<W>>& weights, Cursor& cursor, int64_t first,
                          bool aligned) {
-    int64_t row0[kQuad], col0[kQuad];
+    int64_t row0[kQuad] = {}, col0[kQuad] = {};
     quad.entry = first;
     for (int i = 0; i < kQuad; ++i) {
       if (!cursor.find(entries, first + i)) continue;
       quad.active |= 1u << i;
-      layer[i] = static_cast<int32_t>(cursor.tile.layer);
+      layer[i] = static_cast<int32_t>(is_inside(cursor.tile.layer, weights.count) ? cursor.tile.layer : -1);
       row0[i] = cursor.tile.row0;
       col0[i] = cursor.tile.col0;
     }
-    quad.vector = aligned && quad.active == (1u << kQuad) - 1;
-    uint16_t position[kQuad];
+    quad.vector = aligned && quad.active == kAllActive;
+    uint16_t position[kQuad] = {};
     quad.read(position, entries.local);
-    for (int i = 0; i < kQuad; ++i) {
-      if (!(quad.active >> i & 1)) continue;
-      const int64_t row = entries.rows[row0[i] + entries.row(position[i])];
-      const int64_t col = entries.cols[col0[i] + entries.col(position[i])];
-      const Weight<W>& owner = weights[layer[i]];
-      weight[i] = owner.data + row * owner.cols + col;
+    int64_t row[kQuad], col[kQuad];
+    for (int i = 0; i < kQuad; ++i) {  // all eight reads are under way together
+      const int64_t r = row0[i] + entries.row(position[i]), c = col0[i] + entries.col(position[i]);
+      const bool there = (quad.active >> i & 1) && is_inside(r, entries.row_count) && is_inside(c, entries.col_count);
+      row[i] = there ? entries.rows[r] : -1;
+      col[i] = there ? entries.cols[c] : -1;
     }
+    for (int i = 0; i < kQuad; ++i) {
+      if (layer[i] >= 0 && row[i] >= 0) {
+        const Weight<W>& owner = weights[layer[i]];
+        if (is_inside(row[i], owner.rows) && is_inside(col[i], owner.cols)) {
+          weight[i] = owner.data + row[i] * owner.cols + col[i];
+        }
+      }
+      if (weight[i] == nullptr) quad.active &= ~(1u << i);
+    }
+    quad.vector = aligned && quad.active == kAllActive;
   }
 };
 

@@ -851,16 +851,17 @@ void wait_for_copies(int newest, Place place) {
 
 // ---- tensor cores, after the definitions in the PTX manual --------------------------------------------------------
 
-void load_matrices(uint32_t (&to)[4], const void* row, Place place) {
+void load_matrices(uint32_t (&to)[4], const void* row, bool transposed, Place place) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("misaligned matrix row at " + name(place));
   check_access(row, 16, Kind::read, __builtin_return_address(0));
   const Slots& slots = meet(~0u, row, 16, "ldmatrix", place);
   Quiet quiet;
   const unsigned lane = machine.current->index % kWarp;
   for (unsigned matrix = 0; matrix < 4; ++matrix) {
-    for (unsigned half = 0; half < 2; ++half) {  // transposed: element (row 2 (l % 4) + half, column l / 4)
-      memcpy(reinterpret_cast<char*>(&to[matrix]) + 2 * half,
-             slots.lane[matrix * 8 + lane % 4 * 2 + half] + 2 * (lane / 4), 2);
+    for (unsigned half = 0; half < 2; ++half) {
+      const unsigned along = lane % 4 * 2 + half, across = lane / 4;
+      const unsigned line = transposed ? along : across, element = transposed ? across : along;
+      memcpy(reinterpret_cast<char*>(&to[matrix]) + 2 * half, slots.lane[matrix * 8 + line] + 2 * element, 2);
     }
   }
 }

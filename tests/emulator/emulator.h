@@ -70,7 +70,7 @@ void atomic_store(uint64_t* to, uint64_t value, Place place);
 void copy_async(void* to, const void* from, int bytes);
 void commit_copies();
 void wait_for_copies(int newest, Place place);
-void load_matrices(uint32_t (&to)[4], const void* row, Place place);
+void load_matrices(uint32_t (&to)[4], const void* row, bool transposed, Place place);
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*value)(uint16_t), Place place);
 
 }  // namespace emulator
@@ -181,7 +181,10 @@ void wait_for_copies(EMULATOR_PLACE) {
 }
 
 EMULATOR_INLINE void load_matrices(uint32_t (&to)[4], const void* row, EMULATOR_PLACE) {
-  emulator::load_matrices(to, row, place);
+  emulator::load_matrices(to, row, true, place);
+}
+EMULATOR_INLINE void load_matrices_plain(uint32_t (&to)[4], const void* row, EMULATOR_PLACE) {
+  emulator::load_matrices(to, row, false, place);
 }
 
 template <typename T>

@@ -3,7 +3,10 @@
 python tests/emulator/probe.py LIBRARY SEED OPERATION...    fails, with a message, if the library is wrong.
 """
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -34,6 +37,17 @@ def both(operation: str, arguments: tuple, changed: list[Tensor]) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@contextmanager
+def way(name: str) -> Iterator[None]:
+    """masked_grad_ by "tiles" or "panels", whatever its rule would choose."""
+    before = os.environ.get("SPARSEFT_MASKED_GRAD", "")
+    os.environ["SPARSEFT_MASKED_GRAD"] = name
+    try:
+        yield
+    finally:
+        os.environ["SPARSEFT_MASKED_GRAD"] = before
+
+
 def masked_grad_() -> None:
     for dtype, tile, shape, tokens, accumulate in (
         (torch.float32, (64, 64), (70, 90), 37, True),
@@ -44,7 +58,18 @@ def masked_grad_() -> None:
         (pattern,) = patterns([shape], tile, 0.1)
         layout = [*pattern.layout[:4], list(pattern.tile)]
         out, grad_out, input = torch.randn(len(pattern)), torch.randn(tokens, shape[0]), torch.randn(tokens, shape[1])
-        both("masked_grad_", (out, grad_out.to(dtype), input.to(dtype), *layout, accumulate), [out])
+        with way("tiles"):
+            both("masked_grad_", (out, grad_out.to(dtype), input.to(dtype), *layout, accumulate), [out])
+
+
+def masked_grad_panels() -> None:
+    """Several chunks, stages used again, blocks with several bands of tiles, panels without entries."""
+    for tile, shape, density, tokens in (((16, 200), (20, 300), 0.1, 330), ((32, 16), (330, 1700), 0.004, 20)):
+        (pattern,) = patterns([shape], tile, density)
+        layout = [*pattern.layout[:4], list(pattern.tile)]
+        out, grad_out, input = torch.randn(len(pattern)), torch.randn(tokens, shape[0]), torch.randn(tokens, shape[1])
+        with way("panels"):
+            both("masked_grad_", (out, grad_out.bfloat16(), input.bfloat16(), *layout, True), [out])
 
 
 def entries(dtype: torch.dtype) -> tuple[list[Tensor], list]:
@@ -98,12 +123,17 @@ def offsets_beyond_int32() -> None:
     EMULATED.scatter_delta_([weight], torch.tensor([1.0, 2.0]), rows, cols, tiles, local, [2, 2], "copy", 1.0)
     got = [float(weight[0, 5]), float(weight[2, 9])]
     assert got == [1.0, 2.0], f"weights beyond 2^31: {got}"
-    small = Pattern.from_mask(torch.ones(8, 8, dtype=torch.bool), tile=(8, 8))
+    small = Pattern.from_mask(torch.ones(3, 3, dtype=torch.bool), tile=(8, 8))
     layout = [*small.layout[:4], list(small.tile)]
-    matrix = torch.empty(3 * columns, dtype=torch.bfloat16).as_strided((3, 8), (columns, 1))
-    matrix.copy_(torch.randn(3, 8))
-    out = torch.zeros(64)
-    both("masked_grad_", (out, matrix, matrix, *layout, False), [out])
+    memory = torch.empty(3 * columns, dtype=torch.bfloat16)
+    by_rows, by_columns = memory.as_strided((3, 3), (columns, 1)), memory.as_strided((16, 3), (1, columns))
+    for matrix in (by_rows, by_columns):
+        matrix.copy_(torch.randn(matrix.shape))
+        out = torch.zeros(9)
+        with way("panels"):
+            both("masked_grad_", (out, matrix, matrix, *layout, False), [out])
+    with way("tiles"):
+        both("masked_grad_", (out, by_rows, by_rows, *layout, False), [out])
 
 
 def scores_beyond_int32() -> None:
@@ -115,7 +145,7 @@ def scores_beyond_int32() -> None:
             assert torch.equal(got, reference.select_topk([scores], [], k, "abs") + far), "positions beyond 2^31"
 
 
-OPERATIONS = (masked_grad_, scatter_delta_, sparse_adamw_, select_topk)
+OPERATIONS = (masked_grad_, masked_grad_panels, scatter_delta_, sparse_adamw_, select_topk)
 PROBES = {f.__name__: f for f in (*OPERATIONS, offsets_beyond_int32, scores_beyond_int32)}
 
 

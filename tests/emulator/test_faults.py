@@ -13,7 +13,8 @@ from .probe import PROBES, probe
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-SYNCHRONISING = {"masked_grad.cu": "masked_grad_", "masked_grad.cuh": "masked_grad_", "select_topk.cu": "select_topk"}
+SYNCHRONISING = {"masked_grad.cu": "masked_grad_", "masked_grad.cuh": "masked_grad_",
+                 "panels.cuh": "masked_grad_panels", "select_topk.cu": "select_topk"}  # fmt: skip
 
 
 def caught(emulator, operation: str, **fault: str) -> str | None:
@@ -29,10 +30,10 @@ def caught(emulator, operation: str, **fault: str) -> str | None:
 
 def test_every_barrier_wait_and_atomic_is_needed(emulator):
     emulator.configure()
-    for operation in ("masked_grad_", "select_topk"):
+    for operation in set(SYNCHRONISING.values()):
         probe(operation)
     places = emulator.places()
-    pattern = re.compile(r"__sync\w+\(|wait_for_copies<\w|atomicAdd\(")
+    pattern = re.compile(r"__sync\w+\(|wait_for_copies<\w|atomic[A-Z]\w+\(")
     written = sum(len(pattern.findall(path.read_text())) for path in CSRC.glob("cuda/*.cu*") if path.name != "ptx.cuh")
     assert len(places) == written, f"{written} in the sources, but these ran: {places}"
     missed = []
@@ -46,13 +47,22 @@ def test_every_barrier_wait_and_atomic_is_needed(emulator):
 
 
 FAULTS = {
-    "swapped index": ("weights.cuh", "row * owner.cols + col", "col * owner.cols + row", "scatter_delta_"),
+    "swapped index": ("weights.cuh", "row[i] * owner.cols + col[i]", "col[i] * owner.cols + row[i]", "scatter_delta_"),
     "wrong tail mask": ("masked_grad.cu", "column >= 0 && t0 + t < depth", "column >= 0", "masked_grad_"),
     "tail reads one line too many": (
         "masked_grad.cu", "t0 + t < depth ? operand.column", "t0 + t <= depth ? operand.column", "masked_grad_",
     ),
-    "32-bit offset of a weight": ("weights.cuh", "owner.data + row * owner.cols + col",
-                                  "owner.data + static_cast<int32_t>(row * owner.cols + col)", "offsets_beyond_int32"),
+    "32-bit offset of a weight": ("weights.cuh", "owner.data + row[i] * owner.cols + col[i]",
+                                  "owner.data + static_cast<int32_t>(row[i] * owner.cols + col[i])",
+                                  "offsets_beyond_int32"),
+    "32-bit offset of a panel's line": ("panels.cuh", "column * operand.stride",
+                                        "static_cast<int32_t>(column * operand.stride)", "offsets_beyond_int32"),
+    "32-bit offset of a copied line": ("panels.cuh", "from.data[(t0 + t) * from.stride + column]",
+                                       "from.data[static_cast<int32_t>((t0 + t) * from.stride + column)]",
+                                       "offsets_beyond_int32"),
+    "panel's tail reads one column too many": ("panels.cuh", "t < depth ? from.data", "t <= depth ? from.data",
+                                               "masked_grad_panels"),
+    "panel's mark in the next word": ("panels.cuh", "1u << bit); });", "2u << bit); });", "masked_grad_panels"),
     "32-bit offset of an operand": ("masked_grad.cu", "from.data[(t0 + i / pitch) * from.stride + column]",
                                     "from.data[static_cast<int32_t>((t0 + i / pitch) * from.stride + column)]",
                                     "offsets_beyond_int32"),
