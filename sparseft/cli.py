@@ -260,10 +260,10 @@ def train(
     console = Console()
     with RichDisplay(console) as display:
         if criterion == "auto":
-            config, tries = cli_search.choose(config, auto_minutes, folder, resume, display)
+            config, keep_trials = cli_search.choose(config, auto_minutes, folder, resume, display)
         result = finetune.run(config, folder, display, resume=resume)
     if criterion == "auto":
-        cli_search.keep(console, tries, folder)
+        keep_trials(console)
     show_run(console, result.metrics)
     console.print(f"Everything is in {folder}. To have the model as a folder:", highlight=False, soft_wrap=True)
     console.print(

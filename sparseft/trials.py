@@ -3,8 +3,9 @@
 import random
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -72,6 +73,7 @@ class Trials:
         display.note(f"training: {self.examples.report()}")
         display.note(f"held out: {self.held_out.report()}")
         self._patterns: dict[str, dict[str, Pattern]] = {}
+        self._born = time.perf_counter()
         self.start = self._loss()
         display.note(f"held-out loss before training: {self.start:.4f}")
 
@@ -84,6 +86,12 @@ class Trials:
     def epoch(self) -> int:
         """Steps in which every row is seen once."""
         return -(-len(self.examples) // (self.config.batch_size * self.config.accumulate))
+
+    def about(self) -> dict[str, Any]:
+        """For a report: the configuration, rows, threads, the first loss, and seconds since the data were ready."""
+        return {"config": asdict(self.config), "rows": len(self.examples), "held_out_rows": len(self.held_out),
+                "threads": torch.get_num_threads(), "start_loss": self.start,
+                "seconds": time.perf_counter() - self._born}  # fmt: skip
 
     def __call__(self, sparse: SparseConfig, steps: int) -> Outcome:
         """Select as `sparse` says (once; later trials of it reuse that), train, measure, take the training back.
