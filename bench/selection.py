@@ -22,6 +22,7 @@ Writes bench/results/selection.json; exits 1 if a bound is short.
 
 import argparse
 import csv
+import ctypes
 import itertools
 import json
 import os
@@ -121,7 +122,8 @@ class Subject:
         from sparseft.selection import select
 
         k = round(DENSITY * sum(w.numel() for w in self.weights.values()))
-        chosen = select(self.model, data, k=k, **CASES[case][0])
+        settings = {"allocation": "global", **CASES[case][0]}
+        chosen = select(self.model, data, k=k, train_norms=False, train_targets=False, **settings)
         assert sum(map(len, chosen.values())) == k
 
     def passes(self, case: str) -> int:
@@ -137,6 +139,7 @@ def memory_of(case: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Bytes over the loaded model at the highest point of a case, or of a bare pass ("backward")."""
     subject = Subject(arguments)
     data = subject.batches(CASES[case][1] if case in CASES else 1, MEMORY_ROWS)
+    ctypes.CDLL(None).malloc_trim(0)  # what loading left behind would hide what comes
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
     loaded = resident("VmRSS:")
     subject.backward(data) if case == "backward" else subject.select(case, data)
