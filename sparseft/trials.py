@@ -73,7 +73,7 @@ class Trials:
         display.note(f"training: {self.examples.report()}")
         display.note(f"held out: {self.held_out.report()}")
         self._patterns: dict[str, dict[str, Pattern]] = {}
-        self._born = time.perf_counter()
+        self._born = time.perf_counter(), time.process_time()
         self.start = self._loss()
         display.note(f"held-out loss before training: {self.start:.4f}")
 
@@ -88,10 +88,11 @@ class Trials:
         return -(-len(self.examples) // (self.config.batch_size * self.config.accumulate))
 
     def about(self) -> dict[str, Any]:
-        """For a report: the configuration, rows, threads, the first loss, and seconds since the data were ready."""
+        """For a report: the configuration, rows, threads, the first loss; seconds, and those of this process's CPU time,
+        since the data were ready."""
         return {"config": asdict(self.config), "rows": len(self.examples), "held_out_rows": len(self.held_out),
                 "threads": torch.get_num_threads(), "start_loss": self.start,
-                "seconds": time.perf_counter() - self._born}  # fmt: skip
+                "seconds": time.perf_counter() - self._born[0], "cpu_seconds": time.process_time() - self._born[1]}  # fmt: skip
 
     def __call__(self, sparse: SparseConfig, steps: int) -> Outcome:
         """Select as `sparse` says (once; later trials of it reuse that), train, measure, take the training back.

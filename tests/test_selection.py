@@ -389,8 +389,8 @@ def test_a_kind_is_the_name_after_the_layer_number():
 # ---- Wanda ------------------------------------------------------------------------------------------------------
 
 
-def matmul_inputs(model: nn.Module, batches, loss_fn, wanted) -> dict[str, np.ndarray]:
-    """Per weight the squared norm of every input feature over the tokens that `wanted(batch)` keeps, in fp64.
+def matmul_inputs(model: nn.Module, batches, loss_fn, wanted, power: int = 2) -> dict[str, np.ndarray]:
+    """Per weight the sum of |x|^power of every input feature over the tokens that `wanted(batch)` keeps, in fp64.
 
     The layers' inputs are read off the products that the forward pass hands to torch, not off the layers.
     """
@@ -405,7 +405,7 @@ def matmul_inputs(model: nn.Module, batches, loss_fn, wanted) -> dict[str, np.nd
                     if name is not None:
                         x = (args[1] if function is torch.addmm else args[0]).detach().double().numpy()
                         x = x.reshape(-1, x.shape[-1])[keep.reshape(-1) if keep is not None else slice(None)]
-                        found[name] = found.get(name, 0) + (x**2).sum(0)
+                        found[name] = found.get(name, 0) + (np.abs(x) ** power).sum(0)
             return function(*args, **(kwargs or {}))
 
     for batch in batches:
@@ -418,16 +418,17 @@ def matmul_inputs(model: nn.Module, batches, loss_fn, wanted) -> dict[str, np.nd
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("allocation", ["global", "layer"])
 @pytest.mark.parametrize("which", ["mlp", "llama", "gpt2"])
-def test_wanda_is_the_dense_reference(which, allocation, n):
+@pytest.mark.parametrize(("criterion", "power"), [("wanda", 2), ("wanda-mean", 1)])
+def test_wanda_is_the_dense_reference(criterion, power, which, allocation, n):
     make, batches, loss_fn = MODELS[which]
     model = make().double()
     data = [x.double() if isinstance(x, Tensor) else x for x in batches(n)]
-    squares = matmul_inputs(model, data, loss_fn, lambda batch: None)
+    sums = matmul_inputs(model, data, loss_fn, lambda batch: None, power)
     scores = {}
     for name, weight in eligible(model).items():
-        norm = np.sqrt(squares[name])
+        norm = sums[name] ** (1 / power)
         scores[name] = np.abs(weight.detach().numpy()) * (norm[:, None] if which == "gpt2" else norm)
-    patterns = select(model, data, criterion="wanda", density=0.07, allocation=allocation, tile=TILE, tile_budget=1.0,
+    patterns = select(model, data, criterion=criterion, density=0.07, allocation=allocation, tile=TILE, tile_budget=1.0,
                       loss_fn=loss_fn)  # fmt: skip
     groups = [choose_freely(group, 0.07) for group in groups_of(scores, allocation)]
     assert_same(patterns, {name: mask for group in groups for name, mask in group.items()})
