@@ -73,7 +73,7 @@ class Trials:
         display.note(f"training: {self.examples.report()}")
         display.note(f"held out: {self.held_out.report()}")
         self._patterns: dict[str, dict[str, Pattern]] = {}
-        self._born = time.perf_counter(), time.process_time()
+        self._born = _clocks()
         self.start = self._loss()
         display.note(f"held-out loss before training: {self.start:.4f}")
 
@@ -88,11 +88,12 @@ class Trials:
         return -(-len(self.examples) // (self.config.batch_size * self.config.accumulate))
 
     def about(self) -> dict[str, Any]:
-        """For a report: the configuration, rows, threads, the first loss; seconds, and those of this process's CPU time,
-        since the data were ready."""
+        """For a report: the configuration, rows, threads, the first loss; seconds on the clock, and of this process's
+        CPU time, since the data were ready."""
+        clock, cpu = (now - then for now, then in zip(_clocks(), self._born, strict=True))
         return {"config": asdict(self.config), "rows": len(self.examples), "held_out_rows": len(self.held_out),
-                "threads": torch.get_num_threads(), "start_loss": self.start,
-                "seconds": time.perf_counter() - self._born[0], "cpu_seconds": time.process_time() - self._born[1]}  # fmt: skip
+                "threads": torch.get_num_threads(), "start_loss": self.start, "seconds": clock,
+                "cpu_seconds": cpu}  # fmt: skip
 
     def __call__(self, sparse: SparseConfig, steps: int) -> Outcome:
         """Select as `sparse` says (once; later trials of it reuse that), train, measure, take the training back.
@@ -139,6 +140,10 @@ class Trials:
         if selected(self.model):
             densify(self.model)
         self.model.zero_grad()
+
+
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
 
 
 def split(rows: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
