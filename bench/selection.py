@@ -4,10 +4,9 @@
     python -m bench.selection --parts cost      # or tiles (of SmolLM2), encoder (tiles of MiniLM)
 
 Cost: under gradient checkpointing, on customers' questions (banking77) with the loss on the answers. Memory: a fresh
-process loads the model, notes its resident memory, resets the kernel's high-water mark, selects 1 % on batches of two
-questions and reads the mark, activations included, which is held against the size of all eligible weights' gradients.
-(glibc is told to hand freed memory back at once, so that the mark is what was needed; left alone it keeps freed
-gradients' pages for later use, here 540 MB.) Time: CPU seconds of a process on one thread, which other processes on the
+process loads the model, hands back what loading has freed, notes its resident memory, resets the kernel's high-water
+mark, selects 1 % on batches of two questions and reads the mark, activations included, which is held against the size
+of all eligible weights' gradients. glibc runs with its own settings. Time: CPU seconds of a process on one thread, which other processes on the
 machine hardly change, on batches of 16 questions (4 where many passes are needed), against the bare backward passes
 that the case needs.
 
@@ -192,8 +191,6 @@ def child(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench.selection", "--child", case, "--model", arguments.model, "--data",
                str(arguments.data), "--cases", *arguments.cases]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0"}
-    if case != "time":
-        environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{case} failed:\n{done.stderr[-3000:]}")
