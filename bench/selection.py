@@ -6,9 +6,9 @@
 Cost: under gradient checkpointing, on customers' questions (banking77) with the loss on the answers. Memory: a fresh
 process loads the model, hands back what loading has freed, notes its resident memory, resets the kernel's high-water
 mark, selects 1 % on batches of two questions and reads the mark, activations included, which is held against the size
-of all eligible weights' gradients. glibc runs with its own settings. Time: CPU seconds of a process on one thread, which other processes on the
-machine hardly change, on batches of 16 questions (4 where many passes are needed), against the bare backward passes
-that the case needs.
+of all eligible weights' gradients. glibc runs with its own settings. Time: CPU seconds of a process on one thread,
+which other processes on the machine hardly change, on batches of 16 questions (4 where many passes are needed), against
+the bare backward passes that the case needs.
 
 Tiles: 1 % is chosen by the scores of four batches, freely (`free`) and inside the best share f of all tiles; the tables
 show the score mass of the restricted choice over that of the free one, measured with the scores of four other batches
