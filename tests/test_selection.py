@@ -1,6 +1,7 @@
 """select, eligible and StreamingTopK against dense references written here with numpy."""
 
 import copy
+import ctypes
 import logging
 import os
 import subprocess
@@ -27,6 +28,7 @@ from sparseft.selection import (
     lift,
     vectors,
 )
+from sparseft.selection.heap import EVERY, HeapTrim
 from tests.tiny import select_entries as select
 
 VOCAB = 61
@@ -833,6 +835,16 @@ def test_a_shuffling_loader_gives_the_same_result_twice():
 
 
 # ---- memory and state -------------------------------------------------------------------------------------------
+
+
+def test_freed_memory_is_handed_back_every_few_megabytes():
+    trims: list[int] = []
+    heap = HeapTrim()
+    assert sys.platform != "linux" or heap._trim is not None or not hasattr(ctypes.CDLL(None), "malloc_trim")
+    heap._trim = trims.append
+    for size, so_far in ((EVERY - 1, 0), (1, 1), (EVERY // 2, 1), (0, 1), (EVERY, 2), (0, 2)):
+        heap.freed(size)
+        assert len(trims) == so_far
 
 
 @pytest.mark.parametrize("n", [1, 3])
