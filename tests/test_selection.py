@@ -982,7 +982,7 @@ ERRORS = {
     "no batches": (
         {"batches": None},
         ValueError,
-        r"batches must be given.*\['lift', 'lift-exact', 'magnitude', 'random', 's2ft'\]",
+        r"batches must be given.*\['lift', 'lift-exact', 'magnitude', 'pafi', 'random', 's2ft', 'shira-struct'\]",
     ),
     "empty batches": ({"batches": []}, ValueError, "at least one batch, got none"),
     "one dict": ({"batches": {"x": 1}}, TypeError, r"iterable of batches, got dict; one batch: \[batch\]"),
