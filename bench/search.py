@@ -1,6 +1,6 @@
 """`sparseft auto`, `ablate` and `sweep` on SmolLM2-135M and banking77, and what auto's choice is worth.
 
-    python -m bench.search               # all parts; about 20 minutes on two free cores (an estimate: not run to the end yet)
+    python -m bench.search               # all parts; 20 minutes on two free cores by estimate, not run to the end
     python -m bench.search auto          # or ablate, sweep, worth
 
 The rows are those of the accuracy study (`bench.quality.tasks`: 20 intents), 32 of its validation part held out. The
