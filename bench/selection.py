@@ -4,12 +4,11 @@
     python -m bench.selection --parts cost      # or tiles (of SmolLM2), encoder (tiles of MiniLM)
 
 Cost: under gradient checkpointing, on customers' questions (banking77) with the loss on the answers. Memory: a fresh
-process loads the model, notes its resident memory, resets the kernel's high-water mark, selects 1 % on batches of two
-questions and reads the mark, activations included, which is held against the size of all eligible weights' gradients.
-(glibc is told to hand freed memory back at once, so that the mark is what was needed; left alone it keeps freed
-gradients' pages for later use, here 540 MB.) Time: CPU seconds of a process on one thread, which other processes on the
-machine hardly change, on batches of 16 questions (4 where many passes are needed), against the bare backward passes
-that the case needs.
+process loads the model, hands back what loading has freed, notes its resident memory, resets the kernel's high-water
+mark, selects 1 % on batches of two questions and reads the mark, activations included, which is held against the size
+of all eligible weights' gradients. glibc runs with its own settings. Time: CPU seconds of a process on one thread,
+which other processes on the machine hardly change, on batches of 16 questions (4 where many passes are needed), against
+the bare backward passes that the case needs.
 
 Tiles: 1 % is chosen by the scores of four batches, freely (`free`) and inside the best share f of all tiles; the tables
 show the score mass of the restricted choice over that of the free one, measured with the scores of four other batches
@@ -22,6 +21,7 @@ Writes bench/results/selection.json; exits 1 if a bound is short.
 
 import argparse
 import csv
+import ctypes
 import itertools
 import json
 import os
@@ -121,7 +121,8 @@ class Subject:
         from sparseft.selection import select
 
         k = round(DENSITY * sum(w.numel() for w in self.weights.values()))
-        chosen = select(self.model, data, k=k, **CASES[case][0])
+        settings = {"allocation": "global", **CASES[case][0]}
+        chosen = select(self.model, data, k=k, train_norms=False, train_targets=False, **settings)
         assert sum(map(len, chosen.values())) == k
 
     def passes(self, case: str) -> int:
@@ -137,6 +138,7 @@ def memory_of(case: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Bytes over the loaded model at the highest point of a case, or of a bare pass ("backward")."""
     subject = Subject(arguments)
     data = subject.batches(CASES[case][1] if case in CASES else 1, MEMORY_ROWS)
+    ctypes.CDLL(None).malloc_trim(0)  # what loading left behind would hide what comes
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
     loaded = resident("VmRSS:")
     subject.backward(data) if case == "backward" else subject.select(case, data)
@@ -189,8 +191,6 @@ def child(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench.selection", "--child", case, "--model", arguments.model, "--data",
                str(arguments.data), "--cases", *arguments.cases]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0"}
-    if case != "time":
-        environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{case} failed:\n{done.stderr[-3000:]}")

@@ -1,9 +1,10 @@
 """Train one group of weights at a time, and rank the groups by what they gain per changed weight."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sparseft import plot
 from sparseft.finetune import write_json
@@ -68,12 +69,13 @@ def ablate(trials: Trials, steps: int) -> list[Ablation]:
     return sorted(found, key=lambda one: -one.per_million)
 
 
-def report(found: Sequence[Ablation], folder: Path) -> Path:
-    """Write the ranking (ablate.json) and gain over changed weights (ablate.svg) into a folder, which is made."""
+def report(found: Sequence[Ablation], folder: Path, about: Mapping[str, Any]) -> Path:
+    """Write what is known `about` the trials and the ranking (ablate.json), and gain over changed weights (ablate.svg),
+    into a folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"group": one.group, "weights": one.weights, "gain_per_million": one.per_million, **asdict(one.outcome)}
             for one in found]  # fmt: skip
-    write_json(folder / REPORT, {"groups": rows})
+    write_json(folder / REPORT, {**about, "groups": rows})
     plot.save(folder / PLOT, {one.group: [(one.outcome.changed, one.outcome.gain)] for one in found}, lines=False,
               title="one group of weights trained alone", x="changed weights", y="gain in held-out loss")  # fmt: skip
     return folder / REPORT

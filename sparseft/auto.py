@@ -14,9 +14,9 @@ from sparseft.finetune import write_json
 from sparseft.trainer import SparseConfig
 from sparseft.trials import Outcome, Trials
 
-GRID: dict[str, tuple[Any, ...]] = {
+GRID: dict[str, tuple[Any, ...]] = {  # the first values are those that train has without a search
     "criterion": ("balanced", "grad", "taylor", "fisher", "gallop", "magnitude", "random"),
-    "allocation": ("global", "layer", "kind"),
+    "allocation": ("layer", "global", "kind"),
     "density": (0.01,),
     "tile_budget": (0.1, 1.0),
 }
@@ -166,13 +166,14 @@ def name(sparse: SparseConfig) -> str:
     return f"{sparse.criterion} {sparse.allocation} {sparse.density:.3g} tiles {sparse.tile_budget:g}"
 
 
-def report(tries: Sequence[Try], folder: Path) -> Path:
-    """Write every trial (auto.json) and losses over steps (auto.svg) into a folder, which is made."""
+def report(tries: Sequence[Try], folder: Path, about: Mapping[str, Any]) -> Path:
+    """Write what is known `about` the search and every trial (auto.json), and losses over steps (auto.svg), into a
+    folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
     chosen = best(tries)
     rows = [{"round": one.round, "steps": one.steps, "setting": asdict(one.sparse), **asdict(one.outcome)}
             for one in tries]  # fmt: skip
-    write_json(folder / REPORT, {"chosen": asdict(chosen.sparse), "loss": chosen.outcome.loss, "trials": rows})
+    write_json(folder / REPORT, {**about, "chosen": asdict(chosen.sparse), "loss": chosen.outcome.loss, "trials": rows})
     series: dict[str, list[tuple[float, float]]] = {}
     for one in sorted(tries, key=lambda one: one.sparse != chosen.sparse):  # the chosen one first
         series.setdefault(name(one.sparse), []).append((one.steps, one.outcome.loss))

@@ -186,11 +186,15 @@ def train(
         str,
         typer.Option(
             help="Let the selected weights move while training. rigl, spiel: drop those that changed least, grow where "
-            "gradients are largest (two papers' settings); select: the whole selection again; none: they stay."
+            "gradients are largest (two papers' settings), spiel-ma: where the optimizer's moments say so; select: the "
+            "whole selection again; none: they stay."
         ),
     ] = "none",
     refresh_every: Annotated[
-        int, typer.Option(min=0, help="Steps from one move to the next. 0: as the plan has it (100, 20, 400).")
+        int,
+        typer.Option(
+            min=0, help="Steps from one move to the next. 0: as the plan has it (rigl 100, spiel 20, select 400)."
+        ),
     ] = 0,
     leaving: Annotated[
         str,
@@ -260,10 +264,10 @@ def train(
     console = Console()
     with RichDisplay(console) as display:
         if criterion == "auto":
-            config, tries = cli_search.choose(config, auto_minutes, folder, resume, display)
+            config, keep_trials = cli_search.choose(config, auto_minutes, folder, resume, display)
         result = finetune.run(config, folder, display, resume=resume)
     if criterion == "auto":
-        cli_search.keep(console, tries, folder)
+        keep_trials(console)
     show_run(console, result.metrics)
     console.print(f"Everything is in {folder}. To have the model as a folder:", highlight=False, soft_wrap=True)
     console.print(

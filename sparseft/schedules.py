@@ -3,11 +3,13 @@
 import logging
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from sparseft.layers import selected
 from sparseft.optim import SparseAdamW
 from sparseft.reselection import LEAVING, Moved, patterns, reselect
 from sparseft.selection import eligible, select
@@ -36,7 +38,9 @@ def _check(plan: "DropAndGrow | SelectAgain") -> None:
 class DropAndGrow:
     """In every weight, the entries that changed least make room for those with the largest gradients.
 
-    The defaults are RigL's (Evci et al., 2020); SPIEL below has those of SpIEL-AG (Ansell et al., 2024).
+    The defaults are RigL's (Evci et al., 2020); SPIEL and SPIEL_MA below have those of SpIEL-AG and, with SparseAdamW's
+    moments in place of SM3's, SpIEL-MA (Ansell et al., 2024). Newcomers' moments start from zero at age zero, where
+    SpIEL-AG starts them from the gradients that chose them.
 
     Attributes:
         every: steps from one exchange to the next.
@@ -44,6 +48,7 @@ class DropAndGrow:
         fraction: share of each weight's entries that is exchanged at first; it falls to zero at `until` as `decay`
             says: "cosine", "linear", or "constant" (it does not fall).
         batches: how many batches the gradients are summed over.
+        grow: "gradient"; or "moments", by the optimizer's second moments, which needs no batch (see `drop_and_grow`).
         tiles, leaving: as in `drop_and_grow` and `reselect`.
     """
 
@@ -52,12 +57,13 @@ class DropAndGrow:
     fraction: float = 0.3
     decay: str = "cosine"
     batches: int = 1
+    grow: str = "gradient"
     tiles: str = "same"
     leaving: str = "revert"
 
     def __post_init__(self):
         _check(self)
-        for name, known in (("decay", DECAYS), ("tiles", TILES)):
+        for name, known in (("decay", DECAYS), ("grow", ("gradient", "moments")), ("tiles", TILES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {list(known)}, got {getattr(self, name)!r}")
         if not 0 < self.fraction <= 1:
@@ -89,7 +95,10 @@ class SelectAgain:
 
 
 SPIEL = DropAndGrow(every=20, until=1.0, fraction=0.2, decay="linear", batches=5)
-PLANS: dict[str, DropAndGrow | SelectAgain] = {"rigl": DropAndGrow(), "spiel": SPIEL, "select": SelectAgain()}
+SPIEL_MA = replace(SPIEL, grow="moments")
+PLANS: dict[str, DropAndGrow | SelectAgain] = {
+    "rigl": DropAndGrow(), "spiel": SPIEL, "spiel-ma": SPIEL_MA, "select": SelectAgain(),
+}  # fmt: skip
 
 
 class Schedule:
@@ -103,13 +112,14 @@ class Schedule:
             schedule.step([batch])
 
     To resume, `sparsify` the pretrained model with `patterns(model)` of the interrupted run, then load the state
-    dicts of the model, the optimizer and the schedule. In one process only: gradients are not shared among several.
+    dicts of the model, the optimizer and the schedule.
 
     Args:
         model, optimizer: as in `reselect`.
         plan: a DropAndGrow or a SelectAgain.
         steps: optimizer steps of the whole training.
         loss_fn: as in `select`. `seed`: likewise; the number of the step is added to it.
+        group: processes that train copies of the model together, as in `select`: all move alike.
         selection: further arguments of `select`, for SelectAgain. Weights that these do not make eligible, such as
             norm vectors and rows of target tokens, keep their entries.
 
@@ -126,6 +136,7 @@ class Schedule:
         *,
         loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
         seed: int = 0,
+        group: dist.ProcessGroup | None = None,
         **selection: Any,
     ):
         if steps < 1:
@@ -134,7 +145,7 @@ class Schedule:
             raise TypeError(f"{', '.join(selection)}: arguments of select go with SelectAgain, got {plan}")
         self.model, self.optimizer, self.plan, self.steps = model, optimizer, plan, steps
         self.step_count = 0
-        self._loss_fn, self._seed = loss_fn, seed
+        self._loss_fn, self._seed, self._group = loss_fn, seed, group
         self._selection = selection | {"train_norms": False, "train_targets": False}  # what trains whole stays
 
     @property
@@ -158,15 +169,23 @@ class Schedule:
         if not self.due:
             return None
         data = batches() if callable(batches) else batches
-        common: dict[str, Any] = {"loss_fn": self._loss_fn, "seed": self._seed + self.step_count}
+        common: dict[str, Any] = {
+            "loss_fn": self._loss_fn, "seed": self._seed + self.step_count, "group": self._group,
+        }  # fmt: skip
         if isinstance(self.plan, DropAndGrow):
             share = self.plan.share(self.step_count, self.steps)
-            chosen = drop_and_grow(self.model, data, share, tiles=self.plan.tiles, **common)
+            moments = self._second_moments() if self.plan.grow == "moments" else None
+            chosen = drop_and_grow(self.model, data, share, tiles=self.plan.tiles, second_moments=moments, **common)
         else:
             chosen = self._others() | select(self.model, data, **common, **self._selection)
         moved = reselect(self.model, self.optimizer, chosen, leaving=self.plan.leaving)
         logger.info("step %d: %d entries stay, %d enter, %d leave", self.step_count, *moved)
         return moved
+
+    def _second_moments(self) -> dict[str, Tensor]:
+        return {
+            name: self.optimizer.state[chosen.values]["exp_avg_sq"] for name, chosen in selected(self.model).items()
+        }
 
     def _others(self) -> dict:
         names = eligible(self.model, self._selection.get("include"), self._selection.get("exclude"))

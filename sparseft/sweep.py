@@ -1,9 +1,10 @@
 """Density against tile budget: what a change learns, and what a step costs."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sparseft import plot
 from sparseft.finetune import write_json
@@ -44,11 +45,12 @@ def sweep(trials: Trials, steps: int, densities: Sequence[float] = DENSITIES,
     return found
 
 
-def report(found: Sequence[Point], folder: Path) -> Path:
-    """Write the points (sweep.json) and loss over seconds per step (sweep.svg) into a folder, which is made."""
+def report(found: Sequence[Point], folder: Path, about: Mapping[str, Any]) -> Path:
+    """Write what is known `about` the trials and the points (sweep.json), and loss over seconds per step (sweep.svg),
+    into a folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / REPORT, {"points": [{"density": p.density, "tile_budget": p.tile_budget, **asdict(p.outcome)}
-                                            for p in found]})  # fmt: skip
+    rows = [{"density": p.density, "tile_budget": p.tile_budget, **asdict(p.outcome)} for p in found]
+    write_json(folder / REPORT, {**about, "points": rows})
     series: dict[str, list[tuple[float, float]]] = {}
     for p in found:
         series.setdefault(f"tile budget {p.tile_budget:g}", []).append((p.outcome.step_seconds, p.outcome.loss))

@@ -3,8 +3,9 @@
 import random
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -72,6 +73,7 @@ class Trials:
         display.note(f"training: {self.examples.report()}")
         display.note(f"held out: {self.held_out.report()}")
         self._patterns: dict[str, dict[str, Pattern]] = {}
+        self._born = _clocks()
         self.start = self._loss()
         display.note(f"held-out loss before training: {self.start:.4f}")
 
@@ -84,6 +86,14 @@ class Trials:
     def epoch(self) -> int:
         """Steps in which every row is seen once."""
         return -(-len(self.examples) // (self.config.batch_size * self.config.accumulate))
+
+    def about(self) -> dict[str, Any]:
+        """For a report: the configuration, rows, threads, the first loss; seconds on the clock, and of this process's
+        CPU time, since the data were ready."""
+        clock, cpu = (now - then for now, then in zip(_clocks(), self._born, strict=True))
+        return {"config": asdict(self.config), "rows": len(self.examples), "held_out_rows": len(self.held_out),
+                "threads": torch.get_num_threads(), "start_loss": self.start, "seconds": clock,
+                "cpu_seconds": cpu}  # fmt: skip
 
     def __call__(self, sparse: SparseConfig, steps: int) -> Outcome:
         """Select as `sparse` says (once; later trials of it reuse that), train, measure, take the training back.
@@ -130,6 +140,10 @@ class Trials:
         if selected(self.model):
             densify(self.model)
         self.model.zero_grad()
+
+
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
 
 
 def split(rows: list[dict], seed: int) -> tuple[list[dict], list[dict]]:

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.pattern import matrix_shape
-from sparseft.selection import CRITERIA, Criterion, eligible, gallop, losia, lottery
+from sparseft.selection import CRITERIA, Criterion, criteria, eligible, gallop, losia, lottery
 from tests.tiny import select_entries as select
 
 from .test_selection import (
@@ -99,6 +100,22 @@ def sm3(gradient_list: list[np.ndarray]) -> np.ndarray:
     return np.outer(rows, columns)
 
 
+def evenly_spread(n: int, m: int) -> np.ndarray:
+    def order(size: int) -> list[int]:
+        """Lines in the order of van der Corput's sequence: t's binary digits behind the point, mirrored."""
+        found: list[int] = []
+        for t in range(2 * size):
+            line = int(size * sum((t >> d & 1) / 2 ** (d + 1) for d in range(t.bit_length())))
+            found += [line] if line not in found else []
+        return found
+
+    rows, columns = order(n), order(m)
+    score = np.array([[1 / (1 + min(rows.index(i), columns.index(j))) for j in range(m)] for i in range(n)])
+    for step in range(max(n, m)):
+        score[step * n // max(n, m), step * m // max(n, m)] = 2
+    return score
+
+
 def reference(criterion: str, model, data, loss_fn) -> dict[str, np.ndarray]:
     weights = {name: w.detach().numpy() for name, w in eligible(model).items()}
     if criterion == "lottery":
@@ -109,6 +126,10 @@ def reference(criterion: str, model, data, loss_fn) -> dict[str, np.ndarray]:
     if criterion == "fisher-sample":
         parts = [gradients(model, row, loss_fn) for batch in data for row in rows_of(batch)]
         return {name: sum(part[name] ** 2 for part in parts) for name in weights}
+    if criterion == "pafi":
+        return {name: 1 / np.abs(w) for name, w in weights.items()}
+    if criterion == "shira-struct":
+        return {name: evenly_spread(*matrix_shape(w.shape)).reshape(w.shape) for name, w in weights.items()}
     parts = [gradients(model, batch, loss_fn) for batch in data]
     each = {name: [part[name] for part in parts] for name in weights}
     if criterion == "spiel-ma":
@@ -138,16 +159,8 @@ def reference(criterion: str, model, data, loss_fn) -> dict[str, np.ndarray]:
 
 # ---- criteria ---------------------------------------------------------------------------------------------------
 
-NEW = (
-    "sift",
-    "balanced",
-    "snip",
-    "gallop",
-    "fisher-sample",
-    "spiel-ma",
-    "losia",
-    "lottery",
-)  # the others: test_selection.py
+# the others: test_selection.py
+NEW = ("sift", "balanced", "snip", "gallop", "pafi", "shira-struct", "fisher-sample", "spiel-ma", "losia", "lottery")
 CASES = [(which, criterion) for criterion in NEW for which in ("mlp", "llama", "olmoe")]
 CASES += [(which, "fisher-token") for which in ("mlp", "llama", "gpt2")]
 
@@ -161,6 +174,32 @@ def test_a_criterion_is_the_dense_reference(which, criterion):
                           tile_budget=1.0, structure="entries", loss_fn=loss_fn)  # fmt: skip
         chosen = [choose_freely(group, 0.07) for group in groups_of(scores, allocation)]
         assert_same(patterns, {name: mask for group in chosen for name, mask in group.items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_pafi_is_the_reverse_of_magnitude_to_the_last_bit(dtype):
+    tiny_bits = torch.arange(6).to(torch.int16).view(torch.bfloat16).to(dtype)  # zero and subnormals where there are
+    weight = torch.cat([torch.randn(300).to(dtype), -tiny_bits, torch.tensor([torch.finfo(dtype).max], dtype=dtype)])
+    weight = torch.cat([weight, torch.nextafter(weight[:20].float(), torch.tensor(9.0)).to(dtype)])
+    score = CRITERIA["pafi"].score("", weight, None, 0)
+    assert bool((score >= 0).all()) and bool(score.isfinite().all())
+    assert torch.equal(score[:, None] > score, weight.abs()[:, None] < weight.abs())
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64, 576, 1000])
+def test_any_beginning_of_the_spread_lines_is_even(size):
+    order = criteria._spread(size).argsort(descending=True)
+    assert sorted(order.tolist()) == list(range(size))
+    for lines in (2**i for i in range(1, size.bit_length() - 1)):
+        gaps = order[:lines].sort().values.diff(append=torch.tensor([size]))
+        assert int(gaps.max() - gaps.min()) <= 1
+
+
+def test_every_criterion_has_its_source_in_the_docstring():
+    rows = [line.split("|") for line in criteria.__doc__.splitlines() if line.startswith("| ")][1:]
+    told = {name.strip(): source for _, names, _, source, _ in rows for name in names.split(",")}
+    assert told.keys() == CRITERIA.keys()
+    assert all(re.search(r"20\d\d|SNIP|FISH", source) for source in told.values())
 
 
 def test_a_batch_of_single_samples_and_per_sample_fisher_agree():

@@ -23,6 +23,7 @@ from sparseft import (
 from sparseft.layers import selected
 from sparseft.schedules import PLANS, SPIEL
 from sparseft.selection.growth import _Growth, drop_and_grow
+from sparseft.selection.outer import OuterProduct
 
 from . import tiny
 from .mixed import Mixed, batches, bits, loss_of, make, masks_for, patterns_from, same, train
@@ -58,9 +59,20 @@ def in_order(first: list[int], mass: np.ndarray) -> list[int]:
     return [*first, *(i for i in np.argsort(-mass, kind="stable").tolist() if i not in first)]
 
 
-def reference(model: nn.Module, data: list[Tensor], fraction: float, tiles: str) -> dict[str, np.ndarray]:
+def outer_of_moments(chosen, moments: np.ndarray) -> np.ndarray:
+    """Dense and flat: the largest moment of the entry's row times the largest of its column."""
+    n, m = chosen.pattern.shape
+    dense = np.zeros(n * m)
+    dense[chosen.pattern.indices().numpy()] = moments
+    dense = dense.reshape(n, m)
+    return np.outer(dense.max(1), dense.max(0)).reshape(-1)
+
+
+def reference(model: nn.Module, data: list[Tensor], fraction: float, tiles: str, moments=None) -> dict[str, np.ndarray]:
     """Flat positions by weight, by plain loops over dense arrays."""
-    gradients = dense_gradients(model, data)
+    gradients = dense_gradients(model, data) if moments is None else [
+        {name: outer_of_moments(chosen, moments[name].numpy()) for name, chosen in selected(model).items()}
+    ]  # fmt: skip
     expected = {}
     for name, chosen in selected(model).items():
         old = chosen.pattern.indices().numpy()
@@ -112,6 +124,34 @@ def test_drop_and_grow_is_the_dense_reference(tiles, count, fraction, density):
         np.testing.assert_array_equal(pattern.validate().indices().sort().values.numpy(), expected[name], err_msg=name)
         assert len(pattern) == len(now[name])
         assert tiles == "free" or len(pattern.tiles) <= len(now[name].tiles) or fraction == 1.0
+
+
+@pytest.mark.parametrize("fraction", [0.3, 1.0])
+@pytest.mark.parametrize("tiles", ["same", "free"])
+@pytest.mark.parametrize("density", [0.05, 0.3])
+def test_growing_by_moments_is_the_dense_reference(tiles, fraction, density):
+    model, optimizer = sparse_model(density=density)
+    moments = {name: optimizer.state[c.values]["exp_avg_sq"].clone() for name, c in selected(model).items()}
+    expected = reference(model, [], fraction, tiles, moments)
+    found = drop_and_grow(model, [], fraction, tiles=tiles, second_moments=moments)
+    for name, pattern in found.items():
+        np.testing.assert_array_equal(pattern.validate().indices().sort().values.numpy(), expected[name], err_msg=name)
+    plan = DropAndGrow(every=1, fraction=fraction, decay="constant", tiles=tiles, grow="moments")
+    Schedule(model, optimizer, plan, 10).step(lambda: [])
+    assert patterns(model) == found
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (7, 30), (33, 16)])
+@pytest.mark.parametrize("levels", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_best_of_an_outer_product(shape, levels, dtype):
+    """Levels: few different values, so that products tie; zeros among them."""
+    sides = [torch.randint(levels, (size,)).to(dtype) if levels else torch.rand(size, dtype=dtype) for size in shape]
+    product = OuterProduct(*sides)
+    dense = np.outer(*(side.double().numpy() for side in sides)).reshape(-1)
+    np.testing.assert_array_equal(product.at(torch.arange(len(dense))).numpy(), dense)
+    for count in {0, 1, len(dense) // 3, len(dense) - 1, len(dense), len(dense) + 5}:
+        np.testing.assert_array_equal(product.best(count).numpy(), top(dense, np.arange(len(dense)), count))
 
 
 @pytest.mark.parametrize("tiles", ["same", "free"])

@@ -144,6 +144,11 @@ def test_a_plot_is_svg_with_its_points(tmp_path):
     (line,) = root.findall(f".//{ns}polyline")
     (x0, y0), (x1, y1) = (map(float, pair.split(",")) for pair in line.get("points").split())
     assert x0 < x1 and y0 < y1  # a lower loss is lower in the picture
+    plot.save(tmp_path / "n.svg", {"q": [(5, 1.0)], "kk": [(5, 1.0)], "far": [(90, 1.0)]}, title="t", x="x", y="y",
+              lines=False)  # fmt: skip
+    texts = ElementTree.parse(tmp_path / "n.svg").getroot().findall(f".//{ns}text")
+    levels = {t.text: float(t.get("y")) for t in texts if t.text in ("q", "kk", "far")}
+    assert levels["kk"] == levels["q"] + plot.LINE and levels["far"] == levels["q"]  # names that would meet are apart
     for bad, message in (
         ({}, "must hold points"),
         ({"a": [(1.0, math.nan)]}, "all finite"),
@@ -151,6 +156,15 @@ def test_a_plot_is_svg_with_its_points(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             plot.save(tmp_path / "q.svg", bad, title="", x="", y="", log_x=True)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.3, 5.1), (0.0123, 0.0131), (7e5, 8e6), (2.0, 5.0)])
+def test_ticks_are_round_and_inside(low, high):
+    found = plot.ticks(low, high)
+    assert 3 <= len(found) <= 7 and all(low - 1e-12 <= value <= high + 1e-12 for value in found)
+    step = found[1] - found[0]
+    assert f"{step:.1e}"[:3] in ("1.0", "2.0", "5.0")
+    assert plot.ticks(2.5, 2.5) == [2.5]
 
 
 # ---- on a tiny model --------------------------------------------------------------------------------------------
@@ -206,6 +220,8 @@ def test_auto_tries_reports_and_chooses(start):
     shown = call("auto", *common(start, "auto"), "--minutes", 60, "--settings", 4, "--criterion", "grad",
                  "--criterion", "random", "--allocation", "layer", "--density", 0.1, "--epochs", 4)  # fmt: skip
     told = json.loads((start / "auto" / "auto.json").read_text())
+    assert told["config"]["batch_size"] == 4 and told["held_out_rows"] == 6 and 0 < told["cpu_seconds"]
+    assert told["start_loss"] == pytest.approx(told["trials"][0]["loss"] + told["trials"][0]["gain"])
     assert told["chosen"] in [one["setting"] for one in told["trials"]]
     last = max(one["round"] for one in told["trials"])
     assert told["loss"] == min(one["loss"] for one in told["trials"] if one["round"] == last)

@@ -1,6 +1,7 @@
 """select, eligible and StreamingTopK against dense references written here with numpy."""
 
 import copy
+import ctypes
 import logging
 import os
 import subprocess
@@ -27,6 +28,7 @@ from sparseft.selection import (
     lift,
     vectors,
 )
+from sparseft.selection.heap import EVERY, HeapTrim
 from tests.tiny import select_entries as select
 
 VOCAB = 61
@@ -389,8 +391,8 @@ def test_a_kind_is_the_name_after_the_layer_number():
 # ---- Wanda ------------------------------------------------------------------------------------------------------
 
 
-def matmul_inputs(model: nn.Module, batches, loss_fn, wanted) -> dict[str, np.ndarray]:
-    """Per weight the squared norm of every input feature over the tokens that `wanted(batch)` keeps, in fp64.
+def matmul_inputs(model: nn.Module, batches, loss_fn, wanted, power: int = 2) -> dict[str, np.ndarray]:
+    """Per weight the sum of |x|^power of every input feature over the tokens that `wanted(batch)` keeps, in fp64.
 
     The layers' inputs are read off the products that the forward pass hands to torch, not off the layers.
     """
@@ -405,7 +407,7 @@ def matmul_inputs(model: nn.Module, batches, loss_fn, wanted) -> dict[str, np.nd
                     if name is not None:
                         x = (args[1] if function is torch.addmm else args[0]).detach().double().numpy()
                         x = x.reshape(-1, x.shape[-1])[keep.reshape(-1) if keep is not None else slice(None)]
-                        found[name] = found.get(name, 0) + (x**2).sum(0)
+                        found[name] = found.get(name, 0) + (np.abs(x) ** power).sum(0)
             return function(*args, **(kwargs or {}))
 
     for batch in batches:
@@ -418,16 +420,17 @@ def matmul_inputs(model: nn.Module, batches, loss_fn, wanted) -> dict[str, np.nd
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("allocation", ["global", "layer"])
 @pytest.mark.parametrize("which", ["mlp", "llama", "gpt2"])
-def test_wanda_is_the_dense_reference(which, allocation, n):
+@pytest.mark.parametrize(("criterion", "power"), [("wanda", 2), ("wanda-mean", 1)])
+def test_wanda_is_the_dense_reference(criterion, power, which, allocation, n):
     make, batches, loss_fn = MODELS[which]
     model = make().double()
     data = [x.double() if isinstance(x, Tensor) else x for x in batches(n)]
-    squares = matmul_inputs(model, data, loss_fn, lambda batch: None)
+    sums = matmul_inputs(model, data, loss_fn, lambda batch: None, power)
     scores = {}
     for name, weight in eligible(model).items():
-        norm = np.sqrt(squares[name])
+        norm = sums[name] ** (1 / power)
         scores[name] = np.abs(weight.detach().numpy()) * (norm[:, None] if which == "gpt2" else norm)
-    patterns = select(model, data, criterion="wanda", density=0.07, allocation=allocation, tile=TILE, tile_budget=1.0,
+    patterns = select(model, data, criterion=criterion, density=0.07, allocation=allocation, tile=TILE, tile_budget=1.0,
                       loss_fn=loss_fn)  # fmt: skip
     groups = [choose_freely(group, 0.07) for group in groups_of(scores, allocation)]
     assert_same(patterns, {name: mask for group in groups for name, mask in group.items()})
@@ -834,6 +837,16 @@ def test_a_shuffling_loader_gives_the_same_result_twice():
 # ---- memory and state -------------------------------------------------------------------------------------------
 
 
+def test_freed_memory_is_handed_back_every_few_megabytes():
+    trims: list[int] = []
+    heap = HeapTrim()
+    assert sys.platform != "linux" or heap._trim is not None or not hasattr(ctypes.CDLL(None), "malloc_trim")
+    heap._trim = trims.append
+    for size, so_far in ((EVERY - 1, 0), (1, 1), (EVERY // 2, 1), (0, 1), (EVERY, 2), (0, 2)):
+        heap.freed(size)
+        assert len(trims) == so_far
+
+
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("allocation", ["global", "layer"])
 def test_one_dense_gradient_at_a_time(allocation, n):
@@ -969,7 +982,7 @@ ERRORS = {
     "no batches": (
         {"batches": None},
         ValueError,
-        r"batches must be given.*\['lift', 'lift-exact', 'magnitude', 'random', 's2ft'\]",
+        r"batches must be given.*\['lift', 'lift-exact', 'magnitude', 'pafi', 'random', 's2ft', 'shira-struct'\]",
     ),
     "empty batches": ({"batches": []}, ValueError, "at least one batch, got none"),
     "one dict": ({"batches": {"x": 1}}, TypeError, r"iterable of batches, got dict; one batch: \[batch\]"),

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from sparseft import sparsify
+from sparseft.selection.growth import drop_and_grow
 from tests.tiny import select_entries as select
 
 CRITERIA = ("grad", "fisher", "fisher-token", "taylor", "wanda", "random", "losia", "spiel-ma", "lottery")
@@ -32,6 +34,22 @@ def digests(model, data, criterion, **options) -> dict[str, str]:
     return {name: pattern.digest for name, pattern in patterns.items()}
 
 
+def pairs() -> torch.Tensor:
+    """[process, batch]: as many batches for each."""
+    return batches()[:4].view(2, 2, 8, 20)
+
+
+def moved(data, loss_fn, group=None) -> dict[str, dict[str, str]]:
+    """Where a model trains after drop and grow."""
+    found = {}
+    for tiles in ("same", "free"):
+        model = make()
+        sparsify(model, select(model, criterion="magnitude", density=0.2, tile=(8, 8)))
+        chosen = drop_and_grow(model, data, 0.5, tiles=tiles, loss_fn=loss_fn, group=group)
+        found[tiles] = {name: pattern.digest for name, pattern in chosen.items()}
+    return found
+
+
 def on_rank(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     group = torch.distributed.group.WORLD
@@ -40,6 +58,7 @@ def on_rank(rank: int, folder: str) -> None:
     found = {criterion: digests(make(), mine, criterion, group=group) for criterion in CRITERIA}
     found["limited"] = digests(make(), mine, "grad", group=group, memory=30 * 20 * 8)
     found["alone"] = digests(make(), mine, "grad")  # without the group: each by itself
+    found["moved"] = moved(pairs()[rank], lambda model, x: loss(model, x), group)
     with open(os.path.join(folder, f"{rank}.json"), "w") as file:
         json.dump(found, file)
     torch.distributed.destroy_process_group()
@@ -63,3 +82,8 @@ def test_ranks_choose_what_one_process_chooses(found):
     for criterion in ADDITIVE:
         assert found[0][criterion] == digests(make(), data, criterion), criterion
     assert found[0]["limited"] == found[0]["grad"]
+
+
+def test_masks_move_alike_as_in_one_process_that_sees_all_batches(found):
+    together = moved(pairs().transpose(0, 1), lambda model, both: loss(model, both[0]) + loss(model, both[1]))
+    assert found[0]["moved"] == together != moved(pairs()[0], loss)

@@ -2,28 +2,30 @@
 
 `weights.py` says which weights take part, `criteria.py` how their entries are scored (`criterion.py`: what a criterion
 is). What criteria look at comes from runs over the batches: `gradients.py`, `tokens.py`, `inputs.py`, `training.py`.
-`scoring.py` leads scores from there to the budgets, `topk.py` keeps the best of them, `budget.py` shares k entries
-among weights and packs them into tiles (`twice.py`: without keeping scores), `structured.py` chooses blocks, heads and
-subnets.
+`scoring.py` leads scores from there to the budgets, in as many passes as `sweeps.py` says. `shares.py` gives every
+budget its weights and its k; `topk.py` keeps the best scores, `budget.py` packs the choice into tiles (`twice.py`:
+without keeping scores), `rows.py` and `structured.py` choose by rows, blocks, heads and subnets.
 """
 
 import logging
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparseft.layers import computing_densely, plain
-from sparseft.pattern import Pattern, check_tile
-from sparseft.selection.budget import ALLOCATIONS, LINES, Allocation, Budget, LineBudget
+from sparseft.layers import plain
+from sparseft.pattern import Pattern
+from sparseft.selection.arguments import STRUCTURES, allocation_of, check, check_batches
+from sparseft.selection.budget import ALLOCATIONS, Allocation, Budget
 from sparseft.selection.criteria import CRITERIA, find, gallop, losia, lottery
 from sparseft.selection.criterion import Criterion
 from sparseft.selection.lift import lift
-from sparseft.selection.rows import RowBudget
-from sparseft.selection.scoring import AnyBudget, Scoring, within
-from sparseft.selection.structured import BlockBudget, ChannelBudget, Couple, SubnetBudget, couples
+from sparseft.selection.scoring import AnyBudget, Scoring
+from sparseft.selection.shares import budget_of, groups_of, shares_of
+from sparseft.selection.structured import couples
+from sparseft.selection.sweeps import score_all
 from sparseft.selection.targets import SHARE, Targets, output_embedding
 from sparseft.selection.topk import StreamingTopK
 from sparseft.selection.twice import TwiceBudget
@@ -44,8 +46,6 @@ __all__ = [
     "select",
     "vectors",
 ]
-
-STRUCTURES = ("entries", *LINES, "blocks", "channels", "subnet")
 
 logger = logging.getLogger(__name__)
 
@@ -130,8 +130,8 @@ def select(
     model = plain(model)
     rule = find(criterion)
     shape = rule.structure if structure is None else structure
-    _check(density, k, tile, tile_budget, _allocation(allocation), shape)
-    _check_batches(rule, batches, memory)
+    check(density, k, tile, tile_budget, allocation_of(allocation), shape)
+    check_batches(rule, batches, memory)
     targets = _targets(model, batches, train_targets, exclude)
     batches = batches if targets is None else targets[1]
     weights = eligible(model, include, exclude)
@@ -141,8 +141,9 @@ def select(
     if pairs:
         coupled = {name for pair in pairs for name in (pair.producer, pair.consumer)}
         weights = {name: weight for name, weight in weights.items() if name in coupled}
-    groups = _groups(weights, _allocation(allocation), pairs)
-    shares = _shares(weights, groups, density, k)
+    sharing = allocation_of(allocation)
+    groups = groups_of(weights, sharing, pairs)
+    shares = shares_of(weights, groups, density, k)
     edges = int(tile[0]), int(tile[1])
 
     def budgets_of(kind: type[Budget]) -> dict[str, AnyBudget]:
@@ -150,7 +151,7 @@ def select(
         for names, share in zip(groups, shares, strict=True):
             if share:
                 members = {name: tuple(weights[name].shape) for name in names}
-                budget = _budget(kind, shape, members, share, edges, tile_budget, _allocation(allocation), pairs)
+                budget = budget_of(kind, shape, members, share, edges, tile_budget, sharing, pairs)
                 made |= dict.fromkeys(names, budget)
         return made
 
@@ -158,18 +159,8 @@ def select(
     weights = {name: weight for name, weight in weights.items() if name in budgets}
     dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights.values()) else torch.float32
     scoring = Scoring(rule, weights, budgets, dtype, seed, group)
-    rounds, sweeps = _plan(scoring, model, batches, loss_fn, memory)
-    if rounds == 2:
-        scoring.budgets = budgets = budgets_of(TwiceBudget)
-    for turn in range(rounds):
-        for names in sweeps:
-            names = [name for name in names if turn == 0 or isinstance(budgets[name], TwiceBudget)]
-            if batches is None or rule.accumulate is None:
-                scoring.without_batches(names)
-            elif names:
-                with computing_densely(model):
-                    run = rule.run(model, {name: weights[name] for name in names}, loss_fn)
-                    scoring.with_batches(run, batches, names)
+    score_all(scoring, model, batches, loss_fn, memory, lambda: budgets_of(TwiceBudget))
+    budgets = scoring.budgets
     patterns = {name: budgets[name].patterns[name] for name in weights if name in budgets[name].patterns}
     if not patterns:
         raise ValueError(f"density {density} selects nothing: it is less than half of one of the {structure}")
@@ -213,119 +204,6 @@ def _target_rows(name: str, targets: Targets, patterns: dict[str, Pattern], entr
 
 def _whole(weight: Tensor, tile: tuple[int, int]) -> Pattern:
     return Pattern.from_indices(torch.arange(weight.numel(), device=weight.device), weight.shape, tile=tile)
-
-
-def _groups(weights, allocation: Allocation, pairs: list[Couple]) -> list[list[str]]:
-    """The weights that share a budget, in model order; of a couple the consumer's budget is the producer's too."""
-    partner = {pair.producer: pair.consumer for pair in pairs}
-    groups: dict[Hashable, list[str]] = {}
-    for name in weights:
-        groups.setdefault(allocation.budget(partner.get(name, name)), []).append(name)
-    return list(groups.values())
-
-
-def _shares(weights, groups: list[list[str]], density: float, k: int | None) -> list[int]:
-    """How many entries each group gets: its density, or of k a share by its size, together exactly k."""
-    sizes = [sum(weights[name].numel() for name in names) for names in groups]
-    if k is None:
-        shares = [round(density * size) for size in sizes]
-        if not any(shares):
-            raise ValueError(f"density {density} selects no entry: the largest budget has {max(sizes)} entries")
-        return shares
-    if k > sum(sizes):
-        raise ValueError(f"k must be at most {sum(sizes)}, the number of eligible entries, got {k}")
-    shares = [k * size // sum(sizes) for size in sizes]
-    lost = sorted(range(len(sizes)), key=lambda i: -(k * sizes[i] % sum(sizes)))  # stable: ties to the earlier
-    for i in lost[: k - sum(shares)]:
-        shares[i] += 1
-    return shares
-
-
-def _budget(
-    kind: type[Budget], structure: str, members: dict[str, tuple[int, ...]], k: int, tile: tuple[int, int],
-    tile_budget: float, allocation: Allocation, pairs: list[Couple],
-) -> AnyBudget:  # fmt: skip
-    if structure == "entries" and allocation.rows:
-        name = _only(list(members))
-        return RowBudget(name, members[name], k, tile, tile_budget)
-    if structure == "entries":
-        waits = tile_budget < 1 and len(members) > 1
-        return (kind if waits else Budget)(members, k, tile, tile_budget, allocation.floor)
-    if structure == "blocks":
-        return BlockBudget(members, k, tile)
-    if structure == "subnet":
-        return SubnetBudget(members, k, tile)
-    if structure == "channels":
-        return ChannelBudget(members, k, tile, [pair for pair in pairs if pair.producer in members])
-    return LineBudget(members, k, tile, LINES[structure])
-
-
-def _plan(scoring: Scoring, model, batches, loss_fn, memory: int | None) -> tuple[int, list[list[str]]]:
-    """How often all scores are made, and the groups of weights that each time take a pass over the batches."""
-    everything = [list(scoring.weights)]
-    if memory is None:
-        return 1, everything
-    run = None if batches is None or scoring.criterion.accumulate is None else \
-        scoring.criterion.run(model, scoring.weights, loss_fn)  # fmt: skip
-    streams = run is None or (run.one_part and len(batches) == 1 and scoring.group is None)
-    sums = {} if run is None or streams else scoring.sum_bytes(run, scoring.weights)
-    if sum(scoring.buffer_bytes(sums).values()) <= memory:
-        return 1, everything
-    if run is not None and not run.in_groups and sum(sums.values()) > memory:
-        raise ValueError(f"memory must be at least {sum(sums.values())} bytes: this criterion looks at all weights "
-                         f"together; got {memory}")  # fmt: skip
-    rounds = 2 if any(budget.waits for budget in scoring.budgets.values()) else 1
-    sweeps = within(sums, memory) if sums else everything
-    logger.info("memory: %d sweeps over the batches, %d for each of %d groups of weights", rounds * len(sweeps), rounds,
-                len(sweeps))  # fmt: skip
-    return rounds, sweeps
-
-
-def _only(names: list[str]) -> str:
-    if len(names) > 1:
-        raise ValueError(f"allocation: with rows every weight has its own budget, {names[0]} and {names[1]} share one")
-    return names[0]
-
-
-def _allocation(allocation: str | Allocation) -> Allocation:
-    if isinstance(allocation, Allocation):
-        return allocation
-    if allocation not in ALLOCATIONS:
-        raise ValueError(f"allocation must be an Allocation or one of {sorted(ALLOCATIONS)}, got {allocation!r}")
-    return ALLOCATIONS[allocation]
-
-
-def _check(density, k, tile, tile_budget, allocation: Allocation, structure) -> None:
-    if k is not None and k < 1:
-        raise ValueError(f"k must be positive, got {k}")
-    for name, share in (("density", density), ("tile_budget", tile_budget)):
-        if not 0 < share <= 1:
-            raise ValueError(f"{name} must lie in (0, 1], got {share}")
-    if not 0 <= allocation.floor <= 1:
-        raise ValueError(f"allocation.floor must lie in [0, 1], got {allocation.floor}")
-    if structure not in STRUCTURES:
-        raise ValueError(f"structure must be one of {list(STRUCTURES)}, got {structure!r}")
-    if structure != "entries" and (allocation.floor or allocation.rows):
-        what = "a floor goes" if allocation.floor else "rows go"
-        raise ValueError(f"allocation: {what} by entries, and structure is {structure!r}")
-    if allocation.floor and allocation.rows:
-        raise ValueError("allocation: rows get their entries for certain; floor must be 0")
-    check_tile(tile)
-
-
-def _check_batches(rule: Criterion, batches, memory: int | None) -> None:
-    if memory is not None and memory < 0:
-        raise ValueError(f"memory must not be negative, got {memory}")
-    if rule.accumulate is None:
-        return
-    if batches is None:
-        free = sorted(name for name, other in CRITERIA.items() if other.accumulate is None)
-        raise ValueError(f"batches must be given: the criterion looks at data (those that do not: {free})")
-    if isinstance(batches, Mapping | Tensor) or not isinstance(batches, Iterable):
-        raise TypeError(f"batches must be an iterable of batches, got {type(batches).__name__}; one batch: [batch]")
-    if memory is not None and not hasattr(batches, "__len__"):
-        raise TypeError(f"batches must have a length where memory is limited: they may be read several times; got "
-                        f"{type(batches).__name__}")  # fmt: skip
 
 
 def _report(patterns: dict[str, Pattern], budgets: set[AnyBudget]) -> None:

@@ -134,14 +134,19 @@ class Budget:
             self._choose()
 
     def _choose(self) -> None:
-        indices, scores = self._free.result(), self._free.scores()
-        self.free_mass = self.mass = _sum(scores)
-        grids = {name: Grid(self._shapes[name], self._tile, indices[name], scores[name]) for name in indices}
+        chosen = self._free.selected()
+        del self._free  # its candidates are no longer needed
+        self.free_mass = self.mass = mass_of(chosen)
         if self._tile_budget < 1:
-            indices = self._choose_inside(grids)
-        self.patterns = {name: grids[name].pattern(index) for name, index in indices.items()}
+            self._choose_inside({name: self._grid(name, *chosen.pop(name)) for name in list(chosen)})
+        for name in list(chosen):  # one after the other, so that little is held twice
+            indices, scores = chosen.pop(name)
+            self.patterns[name] = self._grid(name, indices, scores).pattern(indices)
 
-    def _choose_inside(self, grids: dict[str, Grid]) -> dict[str, Tensor]:
+    def _grid(self, name: str, indices: Tensor, scores: Tensor) -> Grid:
+        return Grid(self._shapes[name], self._tile, indices, scores)
+
+    def _choose_inside(self, grids: dict[str, Grid]) -> None:
         """The best k entries inside the kept tiles; frees the scores."""
         sure = [(self._sure[name], self._sure_tiles[name]) for name in grids]
         tiles = keep_tiles(list(grids.values()), self._k, round(self._tile_budget * self.tiles), sure)
@@ -151,9 +156,11 @@ class Budget:
             scores = self._scores.pop(name)
             inside.add(name, scores[grid.positions(keep[name], scores.device)])
         self._scores.clear()
-        self.mass = _sum(inside.scores())
-        # positions once more: cheaper than keeping them all
-        return {n: grids[n].positions(keep[n], found.device)[found] for n, found in inside.result().items()}
+        chosen = inside.selected()
+        self.mass = mass_of(chosen)
+        for name, (found, _) in chosen.items():  # positions once more: cheaper than keeping them all
+            grid = grids[name]
+            self.patterns[name] = grid.pattern(grid.positions(keep[name], found.device)[found])
 
 
 class FlooredTopK:
@@ -177,28 +184,26 @@ class FlooredTopK:
         self._own[name] = own, scores[own]
         self._rest.add(name, scores if len(own) == 0 else scores[_others(own, len(scores))])
 
-    def result(self) -> dict[str, Tensor]:
-        """int64 flat positions, ascending, of the selected entries; names without any are left out."""
-        return {name: position for name, (position, _) in self._selected().items()}
-
-    def scores(self) -> dict[str, Tensor]:
-        """The |scores| of the entries in `result`."""
-        return {name: scores for name, (_, scores) in self._selected().items()}
-
-    def _selected(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def selected(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """int64 flat positions, ascending, and |scores| of the selected entries; names without any are left out."""
         rest, rest_scores = self._rest.result(), self._rest.scores()
-        selected = {}
-        for name in self._sure:
-            position, scores = self._own[name]
-            if name in rest:
-                # the j-th of `position` has position[j] - j others before it
-                skipped = torch.searchsorted(position - torch.arange(len(position), device=position.device),
-                                             rest[name], right=True)  # fmt: skip
-                position, order = torch.cat([position, rest[name] + skipped]).sort()
-                scores = torch.cat([scores, rest_scores[name]])[order]
-            if len(position):
-                selected[name] = position, scores
-        return selected
+        return {name: both for name in self._sure
+                if len((both := _merged(*self._own[name], rest.get(name), rest_scores.get(name)))[0])}  # fmt: skip
+
+
+def _merged(own: Tensor, own_scores: Tensor, rest: Tensor | None, rest_scores: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Ascending positions with their scores; `rest` counts among the positions that are not in `own`."""
+    if rest is None or rest_scores is None or len(own) == 0:
+        return (own, own_scores) if rest is None or rest_scores is None else (rest, rest_scores)
+    # the j-th of `own` has own[j] - j others before it
+    skipped = torch.searchsorted(own - torch.arange(len(own), device=own.device), rest, right=True)
+    position, order = torch.cat([own, rest + skipped]).sort()
+    return position, torch.cat([own_scores, rest_scores])[order]
+
+
+def mass_of(chosen: Mapping[str, tuple[Tensor, Tensor]]) -> float:
+    """The sum of all scores."""
+    return sum(float(scores.double().sum()) for _, scores in chosen.values())
 
 
 # structure -> the dimensions along which its lines run: 1 for rows, 0 for columns
@@ -328,7 +333,3 @@ def _bands(order: Tensor, place: Tensor, edge: int) -> Tensor:
     used = torch.zeros(-(-len(order) // edge), dtype=torch.bool)
     used[place // edge] = True
     return order[used.repeat_interleave(edge)[: len(order)]]
-
-
-def _sum(scores: dict[str, Tensor]) -> float:
-    return sum(float(s.double().sum()) for s in scores.values())

@@ -1,6 +1,32 @@
-"""How entries are scored. A criterion is one entry of the table at the end.
+"""How entries are scored. A criterion is one entry of CRITERIA at the end.
 
 w: a weight, g: its gradient of a batch's mean loss, x: an input of its layer, d: the gradient of an output.
+
+| name | score | source |
+|---|---|---|
+| grad | sum over batches of g | SHiRA-Grad (Bhardwaj et al., 2024); SPEFT's choice (2024, arXiv 2412.13488) |
+| sift | the same; its paper shares the entries by layer | SIFT (Song et al., 2024, arXiv 2312.11875) |
+| balanced | sum of g over the root of its rank-one second moment | ours (docs/quality.md, H19), after Adafactor (2018) |
+| taylor | w times the sum of g, first order | Molchanov et al., 2017 |
+| snip | the same | SNIP (Lee et al., 2019); SHiRA-SNIP |
+| fisher | sum over batches of g^2 | RoSA's mean_squared (Nikdan et al., 2024, arXiv 2401.04679) |
+| fisher-sample | sum over samples (rows of a batch) of g^2 | FISH, empirical (Sung et al., 2021, arXiv 2111.09839) |
+| fisher-token | sum over tokens of (d x)^2, a token's share of g squared; linear layers only | after FISH |
+| magnitude | w | SHiRA-WM (Bhardwaj et al., 2024); Super-Tuning (2026, arXiv 2607.09287) |
+| pafi | the smallest w | PaFi (Liao et al., 2023, arXiv 2305.16742) |
+| wanda | w times the norm of x over all tokens, ranked by budget, with allocation="row" by output | Sun et al., 2024 |
+| wanda-mean | w times the mean magnitude of x | Super-Tuning's variant of Wanda (2026, arXiv 2607.09287) |
+| gallop | large g, small w: see `gallop` | GaLLoP (2025, arXiv 2510.19778) |
+| lift, lift-exact | w in its best approximation of low rank: see `lift` | LIFT (Liu et al., 2025, arXiv 2506.00772) |
+| lottery | what a short training changes: see `lottery` | LT-SFT (2022), LoTA (2024, arXiv 2406.16797) |
+| spiel-ma | product of SM3's row and column accumulators of g^2 | SpIEL-MA (Ansell et al., 2024, arXiv 2401.16405) |
+| smt | sum of g, whole blocks of the size of a tile by their mean magnitude | SMT (He et al., 2025, arXiv 2405.15525) |
+| losia | smoothed sensitivity times its uncertainty, rows times columns | LoSiA (Wang et al., 2025, arXiv 2507.04487) |
+| s2ft | none: heads and channels at random | S2FT (Yang et al., 2024, arXiv 2412.06289) |
+| shira-struct | none: the diagonal, then evenly spread rows and columns | SHiRA-Struct (Bhardwaj et al., 2024) |
+| random | none: uniform | SHiRA-Rand (Bhardwaj et al., 2024) |
+
+Masks that move (RigL, SpIEL-AG, SpIEL-MA with the optimizer's moments, LIFT's refresh) are in `sparseft.schedules`.
 """
 
 from collections.abc import Callable
@@ -62,6 +88,39 @@ def _balanced(name: str, weight: Tensor, total: Tensor, seed: int) -> Tensor:
 
 def _wanda(name: str, weight: Tensor, total: Tensor, seed: int) -> Tensor:
     return weight.abs() * total.sqrt()
+
+
+def _sum_of_magnitudes(total: Tensor, inputs: Tensor, weight: Tensor) -> None:
+    total.add_(inputs.to(total.dtype).abs().sum(0).view_as(total))
+
+
+def _smallest(name: str, weight: Tensor, total: None, seed: int) -> Tensor:
+    """Positive and finite, in exactly the reverse order of |w| (roughly as 4 / |w|): the bits of floating-point numbers
+    are in the order of their magnitudes."""
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32)).abs()
+    bits = {4: torch.int32, 8: torch.int64}[wide.itemsize]
+    most = torch.tensor(torch.finfo(wide.dtype).max, dtype=wide.dtype, device=wide.device)
+    return (most.view(bits) - wide.view(bits)).view(wide.dtype)
+
+
+def _evenly_spread(name: str, weight: Tensor, total: None, seed: int) -> Tensor:
+    """2 on the diagonal (of a matrix that is not square, on the steps next to it), elsewhere what the entry's row or
+    column has, the larger: these fall from 1 in the order of van der Corput's sequence, any beginning of which is
+    spread evenly."""
+    n, m = matrix_shape(weight.shape)
+    rows, columns = (_spread(size).to(weight.device) for size in (n, m))
+    scores = torch.maximum(rows[:, None], columns)
+    steps = torch.arange(max(n, m), device=weight.device)
+    scores[steps * n // max(n, m), steps * m // max(n, m)] = 2.0
+    return scores.view(weight.shape)
+
+
+def _spread(size: int) -> Tensor:
+    """fp32 [size]: 1 at 0, 1 / 2 in the middle, 1 / 3 and 1 / 4 in the middles of the halves, and so on."""
+    digits = (size - 1).bit_length()
+    mirrored = [int(f"{i:0{digits}b}"[::-1], 2) for i in range(2**digits)] if digits else [0]
+    order = torch.tensor(list(dict.fromkeys(number * size >> digits for number in mirrored)))
+    return torch.empty(size).index_copy_(0, order, 1 / torch.arange(1, size + 1))
 
 
 def _random(name: str, weight: Tensor, total: None, seed: int) -> Tensor:
@@ -147,44 +206,29 @@ def _row_times_column(name: str, weight: Tensor, total: Tensor, seed: int) -> Te
 
 
 CRITERIA: dict[str, Criterion] = {
-    # |sum over batches of g|: SHiRA-Grad (Bhardwaj et al., 2024), SPEFT's choice (2024, arXiv 2412.13488)
     "grad": Criterion(_total, _sum),
-    # the same under SIFT's name (Song et al., 2024), which shares the entries by layer (allocation="layer")
     "sift": Criterion(_total, _sum),
-    # |sum over batches of g| / sqrt(its factored second moment, see `scales`): what is large for its row and column.
-    # |g| alone falls on the few columns whose inputs are large for any text (docs/quality.md, H19)
     "balanced": Criterion(_balanced, _sum),
-    # |w * sum over batches of g|: first-order Taylor (Molchanov et al., 2017)
     "taylor": Criterion(_taylor, _sum),
-    # the same under the name of SNIP (Lee et al., 2019), as SHiRA-SNIP uses it
     "snip": Criterion(_taylor, _sum),
-    # sum over batches of g^2: RoSA's mean_squared (Nikdan et al., 2024)
     "fisher": Criterion(_total, _sum_of_squares),
-    # sum over samples of g^2, a sample being a row of a batch: the empirical Fisher diagonal of FISH (Sung et al.,
-    # 2021); one backward pass per sample
-    "fisher-sample": Criterion(_total, _sum_of_squares, Samples),
-    # sum over tokens of (d x)^2, a token's share of g squared: one product of squared factors, linear layers only
-    "fisher-token": Criterion(_total, _sum_of_squared_products, Tokens),
-    # |w|: SHiRA-WM (Bhardwaj et al., 2024)
+    "fisher-sample": Criterion(_total, _sum_of_squares, Samples),  # one backward pass per sample
+    "fisher-token": Criterion(_total, _sum_of_squared_products, Tokens),  # one product of squared factors
     "magnitude": Criterion(lambda name, weight, total, seed: weight),
-    # |w| * |x|, x the input that w multiplies, its norm over all tokens: Wanda (Sun et al., 2024); ranked within
-    # budgets instead of output rows
+    "pafi": Criterion(_smallest),
     "wanda": Criterion(_wanda, _sum_of_squared_inputs, Forward),
+    "wanda-mean": Criterion(lambda name, weight, total, seed: weight.abs() * total, _sum_of_magnitudes, Forward),
     "gallop": gallop(),
-    # |W_r| of rank 64, by the randomised range finder and exactly
-    "lift": lift(),
+    "lift": lift(),  # |W_r| of rank 64, by the randomised range finder
     "lift-exact": lift(exact=True),
     "lottery": lottery(),
-    # product of SM3's row and column accumulators of g^2: how SpIEL-MA chooses what to grow (Ansell et al., 2024).
-    # There they come from the optimizer and the active entries; here from the batches, all entries being active.
+    # SpIEL-MA's accumulators come from the optimizer and the active entries; here from the batches, all being active
     "spiel-ma": Criterion(_row_times_column, _sm3, state=lambda shape: (sum(matrix_shape(shape)),)),
-    # whole blocks (of the size of a tile) by the mean of |sum over batches of g|: SMT (He et al., 2025), in 256 x 256
-    "smt": Criterion(_total, _sum, structure="blocks"),
+    "smt": Criterion(_total, _sum, structure="blocks"),  # with tile=(256, 256) as in the paper
     "losia": losia(),
-    # whole heads of v_proj and o_proj and channels of up_proj and down_proj, at random: S2FT (Yang et al., 2024); its
-    # other variants are structure="channels" with the criteria magnitude, wanda and grad
+    # the paper's other variants are structure="channels" with the criteria magnitude, wanda and grad
     "s2ft": Criterion(_random, structure="channels"),
-    # uniform: SHiRA-Rand (Bhardwaj et al., 2024)
+    "shira-struct": Criterion(_evenly_spread),
     "random": Criterion(_random),
 }
 

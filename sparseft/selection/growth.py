@@ -1,16 +1,18 @@
 """Drop and grow: in every weight the entries that changed least make room for those with the largest gradients."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparseft.layers import Selected, computing_densely, plain, refresh_values, selected
 from sparseft.ops import select_topk
-from sparseft.pattern import Pattern
+from sparseft.pattern import Pattern, matrix_shape
 from sparseft.selection.budget import Grid, best_tiles
 from sparseft.selection.gradients import Backward
+from sparseft.selection.outer import OuterProduct
 
 TILES = ("same", "free")
 
@@ -21,8 +23,10 @@ def drop_and_grow(
     fraction: float,
     *,
     tiles: str = "same",
+    second_moments: Mapping[str, Tensor] | None = None,
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     seed: int = 0,
+    group: dist.ProcessGroup | None = None,
 ) -> dict[str, Pattern]:
     """Where a sparsified model should train next; the model stays as it is (see `reselect`).
 
@@ -41,6 +45,10 @@ def drop_and_grow(
         tiles: "same": no weight gets more tiles than it has now (unless k entries need them), which keeps training as
             fast as it is; entries that stay keep their tiles. "free": entries grow anywhere, and rows and columns
             are sorted anew, by the number of entries.
+        second_moments: by weight name, the optimizer's moving mean of the squared gradient at each entry, fp32 [k].
+            Grow by these, and look at no batch: by r_i c_j, the largest moment in row i times that in column j, as
+            SpIEL-MA does with the accumulators of SM3. The product is never formed.
+        group: as in `select`. All processes must reach the same weights in each one's first batch.
 
     Returns:
         {parameter name: Pattern} of all sparsified weights.
@@ -60,8 +68,11 @@ def drop_and_grow(
     for name, chosen in now.items():
         moving = int(fraction * len(chosen.pattern))
         if moving and not _whole_rows(chosen.pattern):
-            growths[name] = _Growth(chosen, moving, tiles)
-    if growths:
+            growths[name] = _Growth(chosen, moving, tiles, group)
+    if second_moments is not None:
+        for name, growth in growths.items():
+            growth.look_at(_largest_moments(now[name].pattern, second_moments[name]))
+    elif growths:
         run = Backward(plain(model), {name: now[name].weight for name in growths}, loss_fn)
         with computing_densely(model), run.prepared(seed):
             for number, batch in enumerate(batches):
@@ -69,9 +80,41 @@ def drop_and_grow(
     return {name: growths[name].pattern() if name in growths else chosen.pattern for name, chosen in now.items()}
 
 
+def _largest_moments(pattern: Pattern, moments: Tensor) -> OuterProduct:
+    """Of every row and of every column the largest moment at an entry, 0 where there is none."""
+    n, m = matrix_shape(pattern.shape)
+    position = pattern.indices()
+    rows, columns = (moments.new_zeros(size).scatter_reduce_(0, at, moments, "amax")
+                     for size, at in ((n, position // m), (m, position % m)))  # fmt: skip
+    return OuterProduct(rows, columns)
+
+
 def _whole_rows(pattern: Pattern) -> bool:
     """Whether rows train whole, as vectors and the rows of target tokens do."""
     return len(pattern) == len(pattern.rows) * pattern.shape[1]
+
+
+class Scores(Protocol):
+    """What makes positions of a weight good ones to grow."""
+
+    def at(self, positions: Tensor) -> Tensor:
+        """Scores at int64 flat positions."""
+
+    def best(self, count: int) -> Tensor:
+        """int64, ascending: the positions of the `count` largest |scores|, of all if these are fewer."""
+
+
+class _Dense:
+    """One weight's gradient, flat."""
+
+    def __init__(self, flat: Tensor):
+        self._flat = flat
+
+    def at(self, positions: Tensor) -> Tensor:
+        return self._flat[positions]
+
+    def best(self, count: int) -> Tensor:
+        return select_topk(self._flat, min(count, len(self._flat)))
 
 
 class _Growth:
@@ -82,56 +125,69 @@ class _Growth:
     """
 
     @torch.no_grad()
-    def __init__(self, chosen: Selected, moving: int, tiles: str):
+    def __init__(self, chosen: Selected, moving: int, tiles: str, group: dist.ProcessGroup | None):
         refresh_values(chosen)
-        self._pattern, self._moving, self._tiles = chosen.pattern, moving, tiles
+        self._pattern, self._moving, self._tiles, self._group = chosen.pattern, moving, tiles, group
         change = chosen.values.detach() - chosen.base.to(chosen.values.dtype)
         stays = select_topk(change, len(change) - moving)
         self._kept = chosen.pattern.indices()[stays]
         self._grid: Grid | None = None
         self._candidates: Tensor | None = None  # int64 flat positions, ascending
-        self._sums = change[:0]  # their gradients, fp32 (fp64 for fp64)
+        self._sums = change[:0]  # their gradients over this process's batches, fp32 (fp64 for fp64)
 
     @torch.no_grad()
     def add(self, gradient: Tensor) -> None:
         """Take one batch's gradient (of the weight's shape), which is not kept."""
         flat = gradient.reshape(-1)
         if self._candidates is None:
-            self._candidates = self._best_in_tiles(flat) if self._tiles == "same" else self._best(flat, self._most)
-            self._sums = torch.zeros_like(self._candidates, dtype=torch.promote_types(flat.dtype, torch.float32))
+            wide = torch.promote_types(flat.dtype, torch.float32)
+            over_all = flat
+            if self._group is not None:
+                over_all = flat.to(wide, copy=True)
+                dist.all_reduce(over_all, group=self._group)
+            self._candidates = self._best_candidates(_Dense(over_all))
+            self._sums = torch.zeros_like(self._candidates, dtype=wide)
         self._sums += flat[self._candidates]
+
+    def look_at(self, scores: Scores) -> None:
+        """Grow by these scores in place of gradients."""
+        self._candidates = self._best_candidates(scores)
+        self._sums = scores.at(self._candidates)
+        self._group = None  # the same scores everywhere: nothing to add up
 
     def pattern(self) -> Pattern:
         """The next pattern; the present one if there was no gradient."""
         if self._candidates is None:
             return self._pattern
+        if self._group is not None:
+            dist.all_reduce(self._sums, group=self._group)
         grown = self._candidates[select_topk(self._sums, self._moving)]
         entries = torch.cat([self._kept, grown])
         if self._grid is not None:
             return self._grid.pattern_in_place(entries)
         return Pattern.from_indices(entries, self._pattern.shape, tile=self._pattern.tile)
 
-    @property
-    def _most(self) -> int:
-        """How many candidates there are, where there is room."""
-        return len(self._pattern)
+    def _best_candidates(self, scores: Scores) -> Tensor:
+        most = len(self._pattern)
+        return self._best_in_tiles(scores, most) if self._tiles == "same" else self._best(scores, most)
 
-    def _best(self, scores: Tensor, count: int) -> Tensor:
+    def _best(self, scores: Scores, count: int) -> Tensor:
         """The `count` positions with the largest |score| that do not stay anyway, ascending; fewer if there are no
         more. They are among the count + stays best of all."""
-        best = select_topk(scores, min(count + len(self._kept), len(scores)))
-        best = best[~torch.isin(best, self._kept, assume_unique=True)]
-        return best[select_topk(scores[best], min(count, len(best)))]
+        return self._best_of(scores, scores.best(count + len(self._kept)), count)
 
-    def _best_in_tiles(self, scores: Tensor) -> Tensor:
+    def _best_of(self, scores: Scores, positions: Tensor, count: int) -> Tensor:
+        """As `_best`, among some positions, which ascend."""
+        positions = positions[~torch.isin(positions, self._kept, assume_unique=True)]
+        return positions[select_topk(scores.at(positions), min(count, len(positions)))]
+
+    def _best_in_tiles(self, scores: Scores, count: int) -> Tensor:
         """As `_best`, inside the tiles of the entries that stay, and as many others, the best, as were left empty."""
         free = self._best(scores, self._moving)
         entries = torch.cat([self._kept, free])
-        mass = torch.cat([torch.zeros_like(self._kept, dtype=torch.float64), scores[free].abs().double()])
+        mass = torch.cat([torch.zeros_like(self._kept, dtype=torch.float64), scores.at(free).abs().double()])
         self._grid = grid = Grid(self._pattern.shape, self._pattern.tile, entries, mass, before=self._pattern)
         held = torch.bincount(grid.tiles_of(self._kept), minlength=len(grid.count)) > 0
         budget = max(len(self._pattern.tiles), int(held.sum()))
         keep = best_tiles(grid.mass.masked_fill(held, torch.inf), grid.count, grid.capacity, len(entries), budget)
-        inside = grid.positions(keep, scores.device)
-        inside = inside[~torch.isin(inside, self._kept, assume_unique=True)]
-        return inside[select_topk(scores[inside], min(self._most, len(inside)))]
+        return self._best_of(scores, grid.positions(keep, entries.device), count)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sparseft.selection.gradients import is_finite, moved_to, seeded, unchanged_buffers
 
@@ -38,15 +39,9 @@ class Forward:
     @contextmanager
     def prepared(self, seed: int) -> Iterator[None]:
         """Passes run inside; afterwards the model is as it was. The random generators start from `seed` meanwhile."""
-        handles = []
-        try:
-            for name, layers in self._layers.items():
-                handles += [layer.register_forward_pre_hook(self._hook(name)) for layer in layers]
-            with unchanged_buffers(self.model), seeded(self.model, seed), torch.no_grad():
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        hooks = hooked(self._layers, lambda layer, name: layer.register_forward_pre_hook(self._hook(name)))
+        with hooks, unchanged_buffers(self.model), seeded(self.model, seed), torch.no_grad():
+            yield
 
     def __call__(self, number: int, batch: Any, take: Callable[[str, Tensor], None]) -> None:
         """One forward pass, in which `take(name, inputs)` gets the inputs [tokens, features] at every use of a layer.
@@ -88,6 +83,21 @@ def linear_layers(model: nn.Module, weights: dict[str, nn.Parameter]) -> dict[st
         if not found:
             raise ValueError(f"criterion needs the inputs of a linear layer, and {name} belongs to none; exclude it")
     return layers
+
+
+@contextmanager
+def hooked(
+    layers: Mapping[str, list[nn.Module]], register: Callable[[nn.Module, str], RemovableHandle]
+) -> Iterator[None]:
+    """Every weight's layers have a hook, which `register(layer, name)` puts there; afterwards they have none."""
+    handles = []
+    try:
+        for name, several in layers.items():
+            handles += [register(layer, name) for layer in several]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def is_conv1d(module: nn.Module) -> bool:

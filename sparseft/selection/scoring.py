@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sparseft.selection.budget import Budget, LineBudget
 from sparseft.selection.criterion import Criterion, Run
 from sparseft.selection.gradients import is_finite
+from sparseft.selection.heap import HeapTrim
 from sparseft.selection.rows import RowBudget
 from sparseft.selection.structured import BlockBudget, ChannelBudget, SubnetBudget
 
@@ -69,7 +70,12 @@ class Scoring:
             single = len(first) == 1 and run.one_part and self.group is None
             self._log_buffer({} if single else self.sum_bytes(run, names))
 
+            heap, before = HeapTrim(), 0
+
             def take(name: str, part: Any) -> None:
+                nonlocal before
+                heap.freed(before)  # what the part before this one took is free by now
+                before = self.weights[name].numel() * self.dtype.itemsize if self.weights[name].is_cpu else 0
                 if name not in totals:
                     totals[name] = self._zeros(name, run)
                 assert self.criterion.accumulate is not None

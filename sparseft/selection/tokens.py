@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.selection.gradients import is_finite, loss_of, seeded, unchanged_buffers
-from sparseft.selection.inputs import is_conv1d, linear_layers
+from sparseft.selection.inputs import hooked, is_conv1d, linear_layers
 
 
 class Tokens:
@@ -39,16 +39,12 @@ class Tokens:
     def prepared(self, seed: int) -> Iterator[None]:
         """Passes run inside; afterwards the model is as it was. The random generators start from `seed` meanwhile."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        handles = []
+        hooks = hooked(self._layers, lambda layer, name: layer.register_forward_hook(self._hook(name)))
         try:
             self.model.requires_grad_(False)
-            for name, layers in self._layers.items():
-                handles += [layer.register_forward_hook(self._hook(name)) for layer in layers]
-            with unchanged_buffers(self.model), seeded(self.model, seed), torch.enable_grad():
+            with hooks, unchanged_buffers(self.model), seeded(self.model, seed), torch.enable_grad():
                 yield
         finally:
-            for handle in handles:
-                handle.remove()
             for parameter in trained:
                 parameter.requires_grad_(True)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from sparseft.selection.budget import Budget, FlooredTopK, Grid, keep_tiles
+from sparseft.selection.budget import Budget, FlooredTopK, Grid, keep_tiles, mass_of
 
 
 class TwiceBudget(Budget):
@@ -35,22 +35,19 @@ class TwiceBudget(Budget):
 
     def _begin(self) -> None:
         """Between the rounds: which tiles are kept."""
-        indices, scores = self._free.result(), self._free.scores()
-        self.free_mass = _sum(scores)
-        grids = {name: Grid(self._shapes[name], self._tile, indices[name], scores[name]) for name in indices}
+        chosen = self._free.selected()
+        del self._free  # its candidates are no longer needed
+        self.free_mass = mass_of(chosen)
+        grids = {name: self._grid(name, *chosen.pop(name)) for name in list(chosen)}
         sure = [(self._sure[name], self._sure_tiles[name]) for name in grids]
         tiles = keep_tiles(list(grids.values()), self._k, round(self._tile_budget * self.tiles), sure)
         self._kept = dict(zip(grids, tiles, strict=True))
         self._inside = FlooredTopK(self._k, {name: self._sure[name] for name in grids})
-        del self._free  # its candidates are no longer needed
         self._missing, self._grids = set(self._names), grids
 
     def _finish(self) -> None:
-        self.mass = _sum(self._inside.scores())
-        for name, found in self._inside.result().items():
+        chosen = self._inside.selected()
+        self.mass = mass_of(chosen)
+        for name, (found, _) in chosen.items():
             grid = self._grids[name]
             self.patterns[name] = grid.pattern(grid.positions(self._kept[name], found.device)[found])
-
-
-def _sum(scores: dict[str, Tensor]) -> float:
-    return sum(float(s.double().sum()) for s in scores.values())
