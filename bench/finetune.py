@@ -66,11 +66,9 @@ BOUNDS = [
 # ---- inside a provider's process ------------------------------------------------------------------------------
 
 
-def measure(name: str, model_name: str, dtype: str, rows: int, tokens: int, patterns: Path, steps: int) -> dict:
+def measure(name: str, model: nn.Module, data: dict[str, torch.Tensor], patterns: Path, steps: int) -> dict:
     """Medians over `steps` steps (ms, wall and CPU), the peak (MB = 1e6 bytes over the loaded model), and what the
     gate looks at: the first loss and the norm of the gradient at the embedding's output."""
-    model = load(model_name, dtype)
-    data = batch(model, rows, tokens)
     model(input_ids=data["input_ids"][:1, :8])  # kernels' own buffers, threads
     untouched = _sample(model)
     loaded = forget_peak()
@@ -153,7 +151,9 @@ def run_child(options: argparse.Namespace) -> None:
         save_selection(loaded, batch(loaded, options.rows, options.tokens), provider.selection, where / provider.name)
         print("{}")
     else:
-        print(json.dumps(measure(provider.name, model, dtype, options.rows, options.tokens, where, options.steps)))
+        loaded = load(model, dtype)
+        data = batch(loaded, options.rows, options.tokens)
+        print(json.dumps(measure(provider.name, loaded, data, where, options.steps)))
 
 
 def gate(results: dict[str, dict[str, Any]], dtype: str) -> None:

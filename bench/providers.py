@@ -97,10 +97,12 @@ PROVIDERS = {
 }
 
 
-def save_selection(model: nn.Module, batch: dict[str, torch.Tensor], selection: dict[str, Any], folder: Path) -> None:
-    """Select 1 % of the linear weights and write their patterns to `folder`."""
+def save_selection(
+    model: nn.Module, batch: dict[str, torch.Tensor], selection: dict[str, Any], folder: Path, density: float = 0.01
+) -> None:
+    """Select a share of the linear weights and write their patterns to `folder`."""
     folder.mkdir(parents=True)
-    for name, pattern in sparseft.select(model, [batch], density=0.01, **selection).items():
+    for name, pattern in sparseft.select(model, [batch], density=density, **selection).items():
         pattern.save(folder / f"{name}.safetensors")
 
 

@@ -35,12 +35,7 @@ constexpr int64_t kStep = sizeof(S) == 2 ? 32 : 16;
 constexpr int64_t kWide = 16;   // AVX-512
 constexpr int64_t kNarrow = 8;  // AVX2: 16 x 16 units would be twice its registers
 inline int64_t block_size() {
-#ifdef SPARSEFT_X86
-  static const bool wide = __builtin_cpu_supports("x86-64-v4");
-  return wide ? kWide : kNarrow;
-#else
-  return kNarrow;
-#endif
+  return has_avx512() ? kWide : kNarrow;
 }
 
 template <int64_t lanes>
@@ -137,24 +132,27 @@ SPARSEFT_INLINE void gather_blocks(const Matrix<T>& x, const Columns& columns, i
                                    int64_t tokens, S* to, int64_t stride) {
   constexpr int64_t few = lanes / 4;                // columns that cost less one by one
   constexpr int64_t piece = lanes * 4 / sizeof(S);  // tokens of a transposed square
-  for (int64_t t0 = 0; t0 < tokens; t0 += kStep<S>) {
+  for (int64_t t = 0; t < tokens; t += piece) {     // tokens outside: neighbouring blocks share cache lines
+    const int64_t t0 = t / kStep<S> * kStep<S>;
     for (int64_t block = begin; block < end; ++block) {
       const Columns::Item *item = columns.begin(block), *last = columns.end(block);
       if constexpr (kTransposable<T, S>) {
         if (last - item > few && t0 + kStep<S> <= tokens && x.width >= lanes && x.column_stride == 1) {
           const int64_t first = columns.first_column(block);
-          for (int64_t t = t0; t < t0 + kStep<S>; t += piece) {
-            Units<lanes> units[lanes];
+          Units<lanes> units[lanes];
 #pragma GCC unroll 16
-            for (int64_t i = 0; i < lanes; ++i)
-              units[i] = load_units<lanes, T, S>(x.data + t * x.token_stride + first, x.token_stride, i);
-            transpose<lanes>(units);
-            for (const Columns::Item* one = item; one != last; ++one)
-              *reinterpret_cast<Units<lanes>*>(to + one->row * stride + t) = units[one->column - first];
-          }
+          for (int64_t i = 0; i < lanes; ++i)
+            units[i] = load_units<lanes, T, S>(x.data + t * x.token_stride + first, x.token_stride, i);
+          // the next tokens lie in other pages, where the processor does not look ahead
+          for (int64_t i = 0; i < piece && t + piece + i < tokens; ++i)
+            __builtin_prefetch(x.data + (t + piece + i) * x.token_stride + first);
+          transpose<lanes>(units);
+          for (; item != last; ++item)
+            *reinterpret_cast<Units<lanes>*>(to + item->row * stride + t) = units[item->column - first];
           continue;
         }
       }
+      if (t != t0) continue;  // a step at a time
       for (; item != last; ++item) copy_step(x, item->column, t0, tokens, to + item->row * stride + t0);
     }
   }
