@@ -92,6 +92,12 @@ PROVIDERS = {
             Provider(name, f"sparseft, 1 %, sorted tiles, budget {budget:.0%}", _sparse, {"tile_budget": budget})
             for name, budget in TILES.items()
         ),
+        Provider(
+            "linear10",
+            "tiles10, but norms and target rows stay as they are",
+            _sparse,
+            {"tile_budget": 0.10, "train_norms": False, "train_targets": False},
+        ),
         Provider("columns", "sparseft, 1 %, whole columns", _sparse, {"structure": "columns"}),
     ]
 }
