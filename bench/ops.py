@@ -296,6 +296,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=tuple(OPERATIONS), choices=tuple(OPERATIONS))
     parser.add_argument("--append", action="store_true", help="add to the results instead of replacing them")
+    parser.add_argument("--repeats", type=int, default=Sizes.repeats, help="timed turns of each call")
     parser.add_argument("--topk-memory", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.topk_memory:
@@ -309,7 +310,7 @@ def main() -> None:
     short = False
     for name in options.only:
         for group in OPERATIONS[name](sizes):
-            for row in measure(group, sizes.repeats):
+            for row in measure(group, options.repeats):
                 print(show(row), flush=True)
                 rows.append({**row, **about})
                 short |= row["verdict"] == "short"

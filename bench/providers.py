@@ -92,15 +92,23 @@ PROVIDERS = {
             Provider(name, f"sparseft, 1 %, sorted tiles, budget {budget:.0%}", _sparse, {"tile_budget": budget})
             for name, budget in TILES.items()
         ),
+        Provider(
+            "linear10",
+            "tiles10, but norms and target rows stay as they are",
+            _sparse,
+            {"tile_budget": 0.10, "train_norms": False, "train_targets": False},
+        ),
         Provider("columns", "sparseft, 1 %, whole columns", _sparse, {"structure": "columns"}),
     ]
 }
 
 
-def save_selection(model: nn.Module, batch: dict[str, torch.Tensor], selection: dict[str, Any], folder: Path) -> None:
-    """Select 1 % of the linear weights and write their patterns to `folder`."""
+def save_selection(
+    model: nn.Module, batch: dict[str, torch.Tensor], selection: dict[str, Any], folder: Path, density: float = 0.01
+) -> None:
+    """Select a share of the linear weights and write their patterns to `folder`."""
     folder.mkdir(parents=True)
-    for name, pattern in sparseft.select(model, [batch], density=0.01, **selection).items():
+    for name, pattern in sparseft.select(model, [batch], density=density, **selection).items():
         pattern.save(folder / f"{name}.safetensors")
 
 

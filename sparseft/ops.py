@@ -343,10 +343,13 @@ def _expect_layout(layout: Layout, like: Tensor) -> None:
 def _expect_weights(weights: Sequence[Tensor], where: Pattern | Layout) -> None:
     if not weights:
         raise ValueError("weights must hold at least one tensor, got none")
+    dtype, device = weights[0].dtype, weights[0].device
     for weight in weights:
-        _expect_dtype("weight", weight, (weights[0].dtype,))
+        if weight.dtype == dtype and weight.device == device and weight.is_contiguous():
+            continue  # hundreds of layers: only a message is worth more time
+        _expect_dtype("weight", weight, (dtype,))
         _expect(weight.is_contiguous(), "weight", "contiguous", f"strides {weight.stride()}")
-        _expect(weight.device == weights[0].device, "weight", f"on {weights[0].device}", weight.device)
+        _expect_device("weight", weight, weights[0])
     if isinstance(where, Pattern):
         _expect(_matrix(weights[0]).shape == where.shape and len(weights) == 1, "weight", f"one of shape {where.shape}",
                 [tuple(w.shape) for w in weights])  # fmt: skip

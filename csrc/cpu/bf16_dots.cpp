@@ -10,11 +10,14 @@
 namespace sparseft {
 
 template <>
-struct Multiply<BFloat16> {
+struct Multiply<BFloat16, 64> {
+  static constexpr int64_t width = 32, parts = 1;
   using Vector = __m512bh;
-  using Sum = __m512;
+  using Sum = VectorOf<float, kLanes>::type;
   static SPARSEFT_INLINE Vector load(const BFloat16* from) { return (__m512bh)_mm512_loadu_si512(from); }
-  static SPARSEFT_INLINE void add(Sum& sum, const Vector& a, const Vector& b) { sum = _mm512_dpbf16_ps(sum, a, b); }
+  static SPARSEFT_INLINE void add(Sum& sum, const Vector& a, const Vector& b) {
+    sum = (Sum)_mm512_dpbf16_ps((__m512)sum, a, b);
+  }
 };
 
 bool has_bf16_dots() {
@@ -22,7 +25,7 @@ bool has_bf16_dots() {
 }
 
 void bf16_dots_of_run(const Worklist& work, const Run& run, const Dots<BFloat16, float>& d) {
-  dots_of_run(work, run, d);
+  dots_of_run<Multiply<BFloat16, 64>>(work, run, d);
 }
 
 }  // namespace sparseft

@@ -8,12 +8,6 @@ namespace {
 
 // Bits are moved, not converted: one instance for each size of an element.
 template <typename Bits>
-SPARSEFT_CLONES void gather(const Matrix<Bits>& x, const Columns& columns, int64_t begin, int64_t end, int64_t tokens,
-                            Bits* to, int64_t stride) {
-  gather_blocks<Bits, Bits>(x, columns, begin, end, tokens, to, stride);
-}
-
-template <typename Bits>
 void columns_as_rows(const Tensor& input, const Order& order, Tensor& out) {
   const Matrix<Bits> x{static_cast<const Bits*>(input.const_data_ptr()), input.size(0), input.size(1), input.stride(0),
                        input.stride(1)};
@@ -21,9 +15,9 @@ void columns_as_rows(const Tensor& input, const Order& order, Tensor& out) {
   Bits* to = static_cast<Bits*>(out.mutable_data_ptr());
   const int64_t whole = x.tokens / kStep<Bits> * kStep<Bits>;  // a step past the end would reach into the next row
   // waking a thread costs as much as moving some 100,000 numbers
-  const int64_t grain = std::max<int64_t>(1, (1 << 18) / std::max<int64_t>(1, kBlock * x.tokens));
+  const int64_t grain = std::max<int64_t>(1, (1 << 18) / std::max<int64_t>(1, columns.block_size() * x.tokens));
   torch::stable::parallel_for(0, columns.blocks(), grain, [&](int64_t begin, int64_t end) {
-    gather(x, columns, begin, end, whole, to, x.tokens);
+    gather<Bits, Bits>(x, columns, begin, end, whole, to, x.tokens);
     for (int64_t block = begin; block < end; ++block)
       for (const Columns::Item* item = columns.begin(block); item != columns.end(block); ++item)
         for (int64_t t = whole; t < x.tokens; ++t)

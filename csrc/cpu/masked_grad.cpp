@@ -3,7 +3,7 @@
 // A dot product over T walks a column of grad_out and a column of input. The needed columns are first gathered into
 // rows of a scratch buffer, padded with zeros to whole vectors: bf16 stays bf16 where the processor multiplies it,
 // everything else is widened to fp32 (fp64). A column that lies in memory in this form already is read where it is.
-// Tokens are taken kTokens at a time: the scratch of a tile stays in the cache, and its size does not grow with T. An
+// Tokens are taken kTokens at a time: the scratch stays in the cache, and its size does not grow with T. An
 // entry's sum always has the same order (lanes, then their tree, then the blocks of tokens), whatever the number of
 // threads.
 #include <torch/csrc/stable/library.h>
@@ -14,27 +14,26 @@
 namespace sparseft {
 namespace {
 
-constexpr int64_t kTokens = 512;
+// A row of the scratch: 8 cache lines. More would hold fewer rows in the second-level cache, fewer would be too short
+// for the work around each dot product.
+template <typename S>
+constexpr int64_t kTokens = 512 / sizeof(S);
+template <typename S>
+constexpr int64_t kStride = kTokens<S> + kStep<S>;  // a power of two would crowd few sets of the cache
 
 template <typename S>
-constexpr int64_t kStride = kTokens + kStep<S>;  // of the scratch: a power of two would crowd few sets of the cache
-
-template <typename T, typename S>
-SPARSEFT_CLONES void gather(const Matrix<T>& x, const Columns& columns, int64_t begin, int64_t end, int64_t tokens,
-                            S* to) {
-  gather_blocks(x, columns, begin, end, tokens, to, kStride<S>);
+SPARSEFT_AVX512 void wide_dots_of_run(const Worklist& work, const Run& run, const Dots<S, S>& dots) {
+  dots_of_run<Multiply<S, 64>>(work, run, dots);
 }
 
 template <typename S>
-SPARSEFT_CLONES void plain_dots_of_run(const Worklist& work, const Run& run, const Dots<S, S>& dots) {
-  dots_of_run(work, run, dots);
+SPARSEFT_CLONES void narrow_dots_of_run(const Worklist& work, const Run& run, const Dots<S, S>& dots) {
+  dots_of_run<Multiply<S, 32>>(work, run, dots);
 }
 
-void dots_of(const Worklist& work, const Run& run, const Dots<float, float>& dots) {
-  plain_dots_of_run(work, run, dots);
-}
-void dots_of(const Worklist& work, const Run& run, const Dots<double, double>& dots) {
-  plain_dots_of_run(work, run, dots);
+template <typename S>
+void dots_of(const Worklist& work, const Run& run, const Dots<S, S>& dots) {
+  has_avx512() ? wide_dots_of_run(work, run, dots) : narrow_dots_of_run(work, run, dots);
 }
 void dots_of(const Worklist& work, const Run& run, const Dots<BFloat16, float>& dots) {
   bf16_dots_of_run(work, run, dots);
@@ -83,7 +82,7 @@ class Operand {
   void gather_tokens(int64_t begin, int64_t end, int64_t token0, int64_t count) const {
     Matrix<T> from = x_;
     from.data += token0 * x_.token_stride;
-    gather(from, columns_, begin, end, count, to_);
+    gather(from, columns_, begin, end, count, to_, kStride<S>);
   }
 
   Rows<S> rows(int64_t token0) const { return {rows_.data(), begin_, in_place_ ? token0 : 0}; }
@@ -101,26 +100,28 @@ class Operand {
 template <typename T, typename S>
 void compute(const Worklist& work, Operand<T, S> left, Operand<T, S> right, int64_t tokens, bool accumulate,
              Wide<T>* out) {
-  constexpr int64_t batch = 4;  // items, each of some microseconds
+  // Some microseconds each; columns are read a row of them at a time, and pages are far apart.
+  const int64_t blocks_at_once = 128 / block_size(), runs_at_once = 4;
+  constexpr int64_t block = kTokens<S>;
   const std::vector<Run> runs = runs_of(work);
   const int64_t middle = left.blocks();
   // For each block of tokens: gather, then multiply. An empty batch still takes one (empty) block: it sets the entries
   // to zero.
-  const int64_t blocks = std::max<int64_t>(1, (tokens + kTokens - 1) / kTokens);
-  std::vector<int64_t> sizes;
+  const int64_t blocks = std::max<int64_t>(1, (tokens + block - 1) / block);
+  std::vector<Phases::Size> sizes;
   for (int64_t i = 0; i < blocks; ++i) {
-    sizes.push_back(middle + right.blocks());
-    sizes.push_back(static_cast<int64_t>(runs.size()));
+    sizes.push_back({middle + right.blocks(), blocks_at_once});
+    sizes.push_back({static_cast<int64_t>(runs.size()), runs_at_once});
   }
   std::vector<Dots<S, Wide<T>>> dots;
   for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t count = std::min(kTokens, tokens - i * kTokens);
+    const int64_t count = std::min(block, tokens - i * block);
     const int64_t padded = (count + kStep<S> - 1) / kStep<S> * kStep<S>;
-    dots.push_back({left.rows(i * kTokens), right.rows(i * kTokens), padded, accumulate || i > 0, out});
+    dots.push_back({left.rows(i * block), right.rows(i * block), padded, accumulate || i > 0, out});
   }
-  const bool threaded = (work.entries + kBlock * sizes[0]) * tokens > 1 << 18;
-  Phases(sizes).run(batch, threaded, [&](int64_t phase, int64_t begin, int64_t end) {
-    const int64_t token0 = phase / 2 * kTokens, count = std::min(kTokens, tokens - token0);
+  const bool threaded = (work.entries + block_size() * sizes[0].items) * tokens > 1 << 18;
+  Phases(sizes).run(threaded, [&](int64_t phase, int64_t begin, int64_t end) {
+    const int64_t token0 = phase / 2 * block, count = std::min(block, tokens - token0);
     if (phase % 2) {
       for (; begin < end; ++begin) dots_of(work, runs[begin], dots[phase / 2]);
       return;

@@ -16,24 +16,29 @@ namespace sparseft {
 
 class Phases {
  public:
-  // sizes[p]: items of phase p.
-  explicit Phases(const std::vector<int64_t>& sizes) : phases_(sizes.size()) {
+  // Items of a phase; a thread takes `batch` at a time.
+  struct Size {
+    int64_t items;
+    int64_t batch;
+  };
+
+  explicit Phases(const std::vector<Size>& sizes) : phases_(sizes.size()) {
     for (size_t p = 0; p < sizes.size(); ++p) phases_[p].size = sizes[p];
   }
 
-  // Calls f(phase, begin, end) for all items, at most `batch` at a time, on all threads (or this one). f must not
-  // throw.
+  // Calls f(phase, begin, end) for all items, on all threads (or this one). f must not throw.
   template <typename F>
-  void run(int64_t batch, bool threaded, const F& f) {
+  void run(bool threaded, const F& f) {
     const auto work = [&] {
       for (size_t p = 0; p < phases_.size(); ++p) {
         Phase& phase = phases_[p];
-        for (int64_t begin; (begin = phase.next.fetch_add(batch)) < phase.size;) {
-          const int64_t end = std::min(begin + batch, phase.size);
+        const auto [items, batch] = phase.size;
+        for (int64_t begin; (begin = phase.next.fetch_add(batch)) < items;) {
+          const int64_t end = std::min(begin + batch, items);
           f(static_cast<int64_t>(p), begin, end);
           phase.done.fetch_add(end - begin, std::memory_order_release);
         }
-        while (phase.done.load(std::memory_order_acquire) < phase.size) std::this_thread::yield();
+        while (phase.done.load(std::memory_order_acquire) < items) std::this_thread::yield();
       }
     };
     const int64_t threads = threaded ? torch::stable::get_num_threads() : 1;
@@ -47,7 +52,7 @@ class Phases {
   struct alignas(64) Phase {
     std::atomic<int64_t> next{0};
     std::atomic<int64_t> done{0};
-    int64_t size = 0;
+    Size size{0, 1};
   };
   std::vector<Phase> phases_;
 };

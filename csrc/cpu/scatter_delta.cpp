@@ -22,14 +22,11 @@ void write(WriteMode mode, Wide<T> alpha, T& weight, V& value) {
 template <typename T, typename V>
 void scatter(const std::vector<T*>& weights, const std::vector<Shape>& shapes, V* values, const Worklist& work,
              WriteMode mode, double alpha) {
-  for_each_run(work, 4096, [&](const Run& run) {
-    T* weight = weights[run.tile->layer];
-    int64_t flat[kRun];
-    flat_positions(work, run, shapes[run.tile->layer].cols, flat);
-    const int64_t count = run.last - run.first;
-    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(weight + flat[i], 1);
-    for (int64_t i = 0; i < count; ++i)
-      write(mode, static_cast<Wide<T>>(alpha), weight[flat[i]], values[run.first + i]);
+  for_each_span(work, 4096, [&](const Run* begin, const Run* end) {
+    T* at[kRun];
+    addresses(work, weights, shapes, begin, end, at);
+    const int64_t first = begin->first, count = end[-1].last - first;
+    for (int64_t i = 0; i < count; ++i) write(mode, static_cast<Wide<T>>(alpha), *at[i], values[first + i]);
   });
 }
 

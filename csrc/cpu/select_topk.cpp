@@ -68,22 +68,15 @@ SPARSEFT_CLONES void each_at_least_of_any(const Key& key, int64_t size, typename
   constexpr int64_t group = 64;
   for (int64_t first = 0; first < size; first += group) {
     const int64_t last = std::min(first + group, size);
-    bool any = false;
-    for (int64_t i = first; i < last; ++i) any |= key[i] >= low;
-    if (!any) continue;
+    typename Key::Bits most = 0;  // a maximum becomes vectors where a disjunction of comparisons does not
+    for (int64_t i = first; i < last; ++i) most = std::max(most, key[i]);
+    if (most < low) continue;
     for (int64_t i = first; i < last; ++i)
       if (key[i] >= low) f(i, key[i]);
   }
 }
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define SPARSEFT_AVX512 __attribute__((target("arch=x86-64-v4")))
-
-bool has_avx512() {
-  static const bool has = __builtin_cpu_supports("x86-64-v4");
-  return has;
-}
-
+#ifdef SPARSEFT_X86
 // Bit j: the magnitude of element j of the 64 at `from` is at least `low`.
 SPARSEFT_AVX512 inline uint64_t which(const float* from, uint32_t low) {
   const __m512i magnitudes = _mm512_set1_epi32(0x7fffffff), bound = _mm512_set1_epi32(static_cast<int>(low));
@@ -121,7 +114,7 @@ SPARSEFT_AVX512 void each_at_least_avx512(const Abs<T>& key, int64_t size, typen
 
 template <typename Key, typename F>
 void each_at_least(const Key& key, int64_t size, typename Key::Bits low, const F& f) {
-#ifdef SPARSEFT_AVX512
+#ifdef SPARSEFT_X86
   if constexpr (Key::kOne && sizeof(typename Key::Bits) < 8) {
     if (has_avx512()) return each_at_least_avx512(key, size, low, f);
   }

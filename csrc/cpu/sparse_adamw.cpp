@@ -72,14 +72,15 @@ struct Span {
 };
 
 template <typename W>
-SPARSEFT_CLONES void update(const Span<W>& s, const Hyper<W>& h) {
+SPARSEFT_CLONES void update(Span<W> s, Hyper<W> h) {  // by value: no store can change them
+  const bool small = h.mix1 < W(0.5);
 #pragma GCC ivdep
   for (int64_t i = 0; i < s.count; ++i) {
     const W g = s.grad[i] * h.grad_scale;
     W w = s.values[i];
     w -= h.shrink * (w - s.target[i]);
     W m = s.exp_avg[i];
-    m = h.mix1 < W(0.5) ? m + h.mix1 * (g - m) : g - h.keep1 * (g - m);  // as torch.lerp
+    m = small ? m + h.mix1 * (g - m) : g - h.keep1 * (g - m);  // as torch.lerp
     const W v = s.exp_avg_sq[i] * h.keep2 + h.mix2 * g * g;
     w -= s.rate[i] * m / (std::sqrt(v) / s.root[i] + h.eps);
     s.values[i] = w;
@@ -114,51 +115,41 @@ void adamw(const std::vector<T*>& weights, const std::vector<Shape>& shapes, con
   std::vector<Correction<W>> of_layer;
   for (size_t layer = 0; layer < weights.size(); ++layer)
     of_layer.push_back(correction<W>(lr, beta1, beta2, state.step[layer]));
-  // The weights' lines are far apart: they are asked for some runs before they are needed.
-  constexpr int64_t ahead = 3;
-  const auto step = [&](const Run& run, const int64_t* flat) {
-    const int64_t layer = run.tile->layer, first = run.first, count = run.last - run.first;
-    T* weight = weights[layer];
+  for_each_span(work, 2048, [&](const Run* begin, const Run* end) {
+    T* at[kRun];
+    addresses(work, weights, shapes, begin, end, at);
+    const int64_t start = begin->first, count = end[-1].last - start;
     W target[kRun], rate[kRun], root[kRun];
-    for (int64_t i = 0; i < count; ++i) target[i] = state.base ? static_cast<W>(state.base[first + i]) : W(0);
-    std::fill_n(rate, count, of_layer[layer].rate);
-    std::fill_n(root, count, of_layer[layer].root);
-    if (state.born) {
+    for (int64_t i = 0; i < count; ++i) target[i] = state.base ? static_cast<W>(state.base[start + i]) : W(0);
+    for (const Run* run = begin; run != end; ++run) {
+      const int64_t layer = run->tile->layer, offset = run->first - start, of_run = run->last - run->first;
+      std::fill_n(rate + offset, of_run, of_layer[layer].rate);
+      std::fill_n(root + offset, of_run, of_layer[layer].root);
+      if (!state.born) continue;
       Corrections<W> of_age(lr, beta1, beta2);
-      for (int64_t i = 0; i < count; ++i) {
-        const Correction<W>& own = of_age(state.step[layer] - state.born[first + i]);
+      for (int64_t i = offset; i < offset + of_run; ++i) {
+        const Correction<W>& own = of_age(state.step[layer] - state.born[start + i]);
         rate[i] = own.rate;
         root[i] = own.root;
       }
     }
     const auto updated = [&](W* values) {
       update<W>(
-          {count, values, state.grad + first, state.exp_avg + first, state.exp_avg_sq + first, target, rate, root},
+          {count, values, state.grad + start, state.exp_avg + start, state.exp_avg_sq + start, target, rate, root},
           hyper);
     };
-    V* values = state.values + first;
+    V* values = state.values + start;
     if constexpr (std::is_same_v<V, W>) {
       updated(values);
     } else {
       W wide[kRun];
       std::copy_n(values, count, wide);
       updated(wide);
-      round_run(wide, count, random_word(state.seed, state.step[layer]), first, values);
+      for (const Run* run = begin; run != end; ++run)
+        round_run(wide + (run->first - start), run->last - run->first,
+                  random_word(state.seed, state.step[run->tile->layer]), run->first, values + (run->first - start));
     }
-    for (int64_t i = 0; i < count; ++i) weight[flat[i]] = static_cast<T>(values[i]);
-  };
-  for_each_range(work, 2048, [&](const Run* begin, const Run* end) {
-    int64_t flat[ahead + 1][kRun];
-    const Run* asked = begin;
-    for (const Run* run = begin; run != end; ++run) {
-      for (; asked != end && asked - run <= ahead; ++asked) {
-        int64_t* to = flat[(asked - begin) % (ahead + 1)];
-        flat_positions(work, *asked, shapes[asked->tile->layer].cols, to);
-        for (int64_t i = 0; i < asked->last - asked->first; ++i)
-          __builtin_prefetch(weights[asked->tile->layer] + to[i], 1);
-      }
-      step(*run, flat[(run - begin) % (ahead + 1)]);
-    }
+    for (int64_t i = 0; i < count; ++i) *at[i] = static_cast<T>(values[i]);
   });
 }
 

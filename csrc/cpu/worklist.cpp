@@ -5,18 +5,16 @@
 namespace sparseft {
 namespace {
 
-// One more than the largest position, and than the largest column, of these entries (0, 0 for none).
-struct Extent {
-  uint32_t positions;
-  uint32_t cols;
-};
+// The largest of `count` >= 1 positions.
+SPARSEFT_CLONES uint16_t largest(const uint16_t* local, int64_t count) {
+  uint16_t most = 0;
+  for (int64_t i = 0; i < count; ++i) most = std::max(most, local[i]);
+  return most;
+}
 
-SPARSEFT_CLONES Extent extent(const uint16_t* local, int64_t count, Divider width) {
-  Extent most{0, 0};
-  for (int64_t i = 0; i < count; ++i) {
-    most.positions = std::max<uint32_t>(most.positions, local[i] + 1u);
-    most.cols = std::max(most.cols, width.remainder(local[i]) + 1u);
-  }
+SPARSEFT_CLONES uint32_t largest_column(const uint16_t* local, int64_t count, Divider width) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < count; ++i) most = std::max(most, width.remainder(local[i]));
   return most;
 }
 
@@ -26,36 +24,72 @@ SPARSEFT_CLONES bool all_below(const int32_t* values, int64_t count, int64_t lim
   return ok;
 }
 
-bool order_fits(const Order& order, int64_t start, int64_t count, int64_t limit) {
-  return order.data ? all_below(order.data + start, count, limit) : start + count <= limit;
-}
+// The stretch of an order whose indices were last found to lie in a layer's matrix: tiles of a band share their rows,
+// bands share their columns.
+class Known {
+ public:
+  bool fits(const Order& order, int64_t layer, int64_t start, int64_t count, int64_t limit) {
+    if (!order.data) return start + count <= limit;
+    const bool continues = layer == layer_ && begin_ <= start && start <= end_;
+    const int64_t from = continues ? std::min(end_, start + count) : start;
+    if (!all_below(order.data + from, start + count - from, limit)) return false;
+    begin_ = continues ? begin_ : start;
+    end_ = continues ? std::max(end_, start + count) : start + count;
+    layer_ = layer;
+    return true;
+  }
 
-// What is wrong with a tile, or nullptr.
-const char* fault(const Worklist& work, const Tile& tile, const std::vector<Shape>& shapes, bool one_shape) {
-  if (!one_shape && (tile.layer < 0 || tile.layer >= static_cast<int64_t>(shapes.size())))
-    return "LAYER is not one of the weights";
-  if (tile.entry0 < 0 || tile.entry1 < tile.entry0 || tile.entry1 > work.entries)
-    return "ENTRY0 and ENTRY1 must be an ascending range of entries";
-  const Extent most = extent(work.local + tile.entry0, tile.entry1 - tile.entry0, work.width);
-  if (most.positions == 0) return nullptr;
-  if (most.positions > work.positions) return "a local position lies outside the tile";
-  const int64_t rows = work.width.quotient(most.positions - 1) + 1;
-  const int64_t cols = most.cols;
-  if (tile.row0 < 0 || tile.row0 > work.rows.size - rows) return "an entry lies outside the active rows";
-  if (tile.col0 < 0 || tile.col0 > work.cols.size - cols) return "an entry lies outside the active columns";
-  const Shape& shape = shapes[one_shape ? 0 : tile.layer];
-  if (!order_fits(work.rows, tile.row0, rows, shape.rows)) return "rows holds an index outside the matrix";
-  if (!order_fits(work.cols, tile.col0, cols, shape.cols)) return "cols holds an index outside the matrix";
-  return nullptr;
-}
+ private:
+  int64_t layer_ = -1, begin_ = 0, end_ = 0;
+};
+
+class Checker {
+ public:
+  Checker(const Worklist& work, const std::vector<Shape>& shapes, bool one_shape)
+      : work_(work),
+        shapes_(shapes),
+        one_shape_(one_shape) {}
+
+  // What is wrong with a tile, or nullptr.
+  const char* fault(const Tile& tile) {
+    const int64_t layer = one_shape_ ? 0 : tile.layer;
+    if (layer < 0 || layer >= static_cast<int64_t>(shapes_.size())) return "LAYER is not one of the weights";
+    if (tile.entry0 < 0 || tile.entry1 < tile.entry0 || tile.entry1 > work_.entries)
+      return "ENTRY0 and ENTRY1 must be an ascending range of entries";
+    const uint16_t* local = work_.local + tile.entry0;
+    const int64_t count = tile.entry1 - tile.entry0;
+    if (count == 0) return nullptr;
+    const uint16_t most = largest(local, count);
+    if (most >= work_.positions) return "a local position lies outside the tile";
+    const int64_t rows = work_.width.quotient(most) + 1;
+    // All columns of the tile, if there are so many; else those that its entries use.
+    const bool whole = tile.col0 >= 0 && tile.col0 <= work_.cols.size - int64_t{work_.width.size};
+    int64_t cols = whole ? work_.width.size : largest_column(local, count, work_.width) + 1;
+    if (tile.row0 < 0 || tile.row0 > work_.rows.size - rows) return "an entry lies outside the active rows";
+    if (tile.col0 < 0 || tile.col0 > work_.cols.size - cols) return "an entry lies outside the active columns";
+    const Shape& shape = shapes_[layer];
+    if (!rows_.fits(work_.rows, layer, tile.row0, rows, shape.rows)) return "rows holds an index outside the matrix";
+    if (cols_.fits(work_.cols, layer, tile.col0, cols, shape.cols)) return nullptr;
+    cols = largest_column(local, count, work_.width) + 1;
+    if (cols_.fits(work_.cols, layer, tile.col0, cols, shape.cols)) return nullptr;
+    return "cols holds an index outside the matrix";
+  }
+
+ private:
+  const Worklist& work_;
+  const std::vector<Shape>& shapes_;
+  bool one_shape_;
+  Known rows_, cols_;
+};
 
 }  // namespace
 
 void Worklist::check_bounds(const char* op, const std::vector<Shape>& shapes, bool one_shape) const {
   std::atomic<int64_t> first_bad{size};
   torch::stable::parallel_for(0, size, 64, [&](int64_t begin, int64_t end) {
+    Checker checker(*this, shapes, one_shape);
     for (int64_t i = begin; i < end; ++i) {
-      if (!fault(*this, tiles[i], shapes, one_shape)) continue;
+      if (!checker.fault(tiles[i])) continue;
       int64_t before = first_bad.load();
       while (i < before && !first_bad.compare_exchange_weak(before, i)) {
       }
@@ -63,7 +97,7 @@ void Worklist::check_bounds(const char* op, const std::vector<Shape>& shapes, bo
     }
   });
   const int64_t bad = first_bad.load();
-  STD_TORCH_CHECK(bad == size, op, ": tile ", bad, ": ", fault(*this, tiles[bad], shapes, one_shape));
+  STD_TORCH_CHECK(bad == size, op, ": tile ", bad, ": ", Checker(*this, shapes, one_shape).fault(tiles[bad]));
 }
 
 }  // namespace sparseft

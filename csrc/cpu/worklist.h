@@ -86,45 +86,55 @@ constexpr int64_t kRun = 512;  // entries at most
 // All runs of the worklist, in order.
 inline std::vector<Run> runs_of(const Worklist& work) {
   std::vector<Run> runs;
+  runs.reserve(work.size);
   for (const Tile* tile = work.tiles; tile != work.tiles + work.size; ++tile)
     for (int64_t first = tile->entry0; first < tile->entry1; first += kRun)
       runs.push_back({tile, first, std::min(first + kRun, tile->entry1)});
   return runs;
 }
 
-// Calls f(begin, end), ranges of neighbouring runs, for all runs of the worklist, about `grain` entries or more per
-// thread. f must not throw.
+// Calls f(begin, end) for all runs of the worklist, a few neighbouring ones at a time: together at most kRun entries,
+// which lie next to each other. A thread gets about `grain` entries or more. f must not throw.
 template <typename F>
-void for_each_range(const Worklist& work, int64_t grain, const F& f) {
+void for_each_span(const Worklist& work, int64_t grain, const F& f) {
   const std::vector<Run> runs = runs_of(work);
   std::vector<int64_t> start;  // entries before each run: threads share the entries, not the runs
+  start.reserve(runs.size());
   int64_t total = 0;
   for (const Run& run : runs) {
     start.push_back(total);
     total += run.last - run.first;
   }
-  torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
-    const auto number = [&](int64_t entry) {
-      return std::lower_bound(start.begin(), start.end(), entry) - start.begin();
+  torch::stable::parallel_for(0, total, grain, [&](int64_t entry0, int64_t entry1) {
+    const auto run_at = [&](int64_t entry) {
+      return runs.data() + (std::lower_bound(start.begin(), start.end(), entry) - start.begin());
     };
-    f(runs.data() + number(begin), runs.data() + number(end));
+    const Run *begin = run_at(entry0), *last = run_at(entry1);
+    while (begin != last) {
+      const Run* end = begin + 1;
+      while (end != last && end->first == end[-1].last && end->last - begin->first <= kRun) ++end;
+      f(begin, end);
+      begin = end;
+    }
   });
 }
 
-// Calls f(run) for all runs of the worklist, likewise.
-template <typename F>
-void for_each_run(const Worklist& work, int64_t grain, const F& f) {
-  for_each_range(work, grain, [&](const Run* begin, const Run* end) {
-    for (; begin != end; ++begin) f(*begin);
-  });
-}
-
-// Where a run's entries lie in a row-major matrix of `cols` columns.
-inline void flat_positions(const Worklist& work, const Run& run, int64_t cols, int64_t* flat) {
-  for (int64_t e = run.first; e < run.last; ++e) {
-    const uint32_t row = work.width.quotient(work.local[e]);
-    const uint32_t col = work.local[e] - row * work.width.size;
-    flat[e - run.first] = work.rows[run.tile->row0 + row] * cols + work.cols[run.tile->col0 + col];
+// Where the entries of neighbouring runs (as of for_each_span) lie in the weights. Each address is asked for at once:
+// the lines are far apart, and arrive while the others are worked out.
+template <typename T>
+void addresses(const Worklist& work, const std::vector<T*>& weights, const std::vector<Shape>& shapes, const Run* begin,
+               const Run* end, T** to) {
+  for (const Run* run = begin; run != end; ++run) {
+    const Tile& tile = *run->tile;
+    T* weight = weights[tile.layer];
+    const int64_t stride = shapes[tile.layer].cols;
+    for (int64_t e = run->first; e < run->last; ++e) {
+      const uint32_t row = work.width.quotient(work.local[e]);
+      const uint32_t col = work.local[e] - row * work.width.size;
+      T* address = weight + work.rows[tile.row0 + row] * stride + work.cols[tile.col0 + col];
+      __builtin_prefetch(address, 1);
+      *to++ = address;
+    }
   }
 }
 

@@ -6,7 +6,7 @@ w: a weight, g: its gradient of a batch's mean loss, x: an input of its layer, d
 |---|---|---|
 | grad | sum over batches of g | SHiRA-Grad (Bhardwaj et al., 2024); SPEFT's choice (2024, arXiv 2412.13488) |
 | sift | the same; its paper shares the entries by layer | SIFT (Song et al., 2024, arXiv 2312.11875) |
-| balanced | sum of g over the root of its rank-one second moment | ours (docs/quality.md, H19), after Adafactor (2018) |
+| balanced | sum of g over the root of its rank-one second moment | ours (docs/quality.md), after Adafactor (2018) |
 | taylor | w times the sum of g, first order | Molchanov et al., 2017 |
 | snip | the same | SNIP (Lee et al., 2019); SHiRA-SNIP |
 | fisher | sum over batches of g^2 | RoSA's mean_squared (Nikdan et al., 2024, arXiv 2401.04679) |
