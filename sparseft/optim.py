@@ -61,7 +61,7 @@ class SparseAdamW(Optimizer):
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
-        lr: float | Tensor = 1e-2,
+        lr: float | Tensor = 1.5e-2,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,

@@ -92,7 +92,7 @@ _NOT_SELECTION = ("batches", "score_after", "refresh", "density_power", "decay_t
 class SparseTrainingArguments(TrainingArguments):
     """TrainingArguments whose defaults suit a sparse change: it wants a larger learning rate than a dense one."""
 
-    learning_rate: float = 1e-2
+    learning_rate: float = 1.5e-2
     weight_decay: float = 0.01
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.1
@@ -120,7 +120,7 @@ class SparseTrainer(Trainer):
         args = SparseTrainingArguments() if args is None else args
         if args.learning_rate <= DENSE_LEARNING_RATE:
             warnings.warn(f"learning_rate={args.learning_rate:g} suits dense fine-tuning; a sparse change of 1 % wants "
-                          "about 1e-2 (the default of SparseTrainingArguments)", stacklevel=2)  # fmt: skip
+                          "about 1.5e-2 (the default of SparseTrainingArguments)", stacklevel=2)  # fmt: skip
         if getattr(args, "use_liger_kernel", False):
             raise ValueError("use_liger_kernel: its fused loss reads the output head's weight itself and does not call "
                              "the layer: the selected rows would get no gradient")  # fmt: skip

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import os
 import pickle
 from collections.abc import Callable
 
@@ -633,7 +634,10 @@ def _train_on_rank(rank: int, folder: str) -> None:
     torch.save(model.state_dict(), f"{folder}/{rank}.pt")
     with pytest.raises(ValueError, match="drop-in"):
         SparseAdamW(nn.Linear(3, 3), density=0.5)
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    # torch 2.13 may hang in the teardown of DDP over gloo: the destructor of the group holds the GIL and waits for its
+    # thread, which waits for the GIL to drop the last finished work
+    os._exit(0)
 
 
 def test_distributed_data_parallel_keeps_replicas_equal(tmp_path):

@@ -100,8 +100,8 @@ def masks_of(optimizer: SparseAdamW, model: Linear) -> list[Tensor]:
 class DenseOracle:
     """AdamW on whole tensors, from the paper's formulas; `masks` say which entries move."""
 
-    def __init__(self, model: nn.Module, masks: list[Tensor], lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
-                 maximize=False):  # fmt: skip
+    def __init__(self, model: nn.Module, masks: list[Tensor], lr=1.5e-2, betas=(0.9, 0.999), eps=1e-8,
+                 weight_decay=0.01, maximize=False):  # fmt: skip
         self.w = [p.detach().clone() for p in model.parameters()]
         self.start, self.masks = [w.clone() for w in self.w], masks
         self.m, self.v = [torch.zeros_like(w) for w in self.w], [torch.zeros_like(w) for w in self.w]
@@ -157,7 +157,7 @@ def test_fifty_steps_equal_torchs_adamw_restricted_to_the_mask(door, dtype, opti
     start = weights(model)
     steps = [random_grads(dtype) for _ in range(50)]
     _, masks = run_steps(door, model, steps, decay_to="zero", **options)
-    options = {"lr": 1e-2} | options
+    options = {"lr": 1.5e-2} | options
     oracle = torch.optim.AdamW(dense.parameters(), **(options | {"lr": float(options["lr"])}))
     for grads in steps:
         oracle.zero_grad()
