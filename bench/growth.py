@@ -78,7 +78,8 @@ def run(steps: int, time_figure: str) -> list[dict[str, Any]]:
         for provider in SHOWN:
             measured = []
             for value in values if varied != "density" or provider == "tiles10" else ():
-                size = replace(Size(), **{varied: value})
+                changed: dict[str, Any] = {varied: value}
+                size = replace(Size(), **changed)
                 with processes.Pool(1) as pool:
                     result = pool.apply(measure_point, (provider, size, steps))
                 figures = {"step_ms": round(result[time_figure], 2), "peak_mb": round(result["peak_mb"], 2)}
