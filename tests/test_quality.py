@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import itertools
 import json
 import math
@@ -14,13 +15,14 @@ from torch.nn import functional as F
 
 from bench.quality import hypotheses, plan, report, tasks
 from bench.quality.execute import Bench, execute, pack_hits
-from bench.quality.likelihood import Tree, answer, batches_by_length, encode, text_loss, tree_likelihoods
+from bench.quality.likelihood import Tree, answer, batches_by_length, bounds, encode, text_loss, tree_likelihoods
 from bench.quality.methods import METHODS, MasterAdamW, Setting, rank_density
 from bench.quality.plan import Run, Scale, choose_rate, text, todo, tuning
 from bench.quality.store import Store
 from bench.quality.tasks import Item, Task
 from bench.quality.training import Schedule, batches, loss_of, train
 from sparseft.layers import selected
+from sparseft.optim import SparseAdamW
 
 from . import tiny
 
@@ -91,6 +93,29 @@ def test_a_tree_shares_beginnings_and_keeps_its_branches_apart():
     assert tree.labels == [[2, 3], [2, 4], [2], [5], [2, 3]]
     expected = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 4], [0, 1, 5]]
     assert [row.nonzero().squeeze(1).tolist() for row in tree.visible()] == expected
+
+
+def test_some_labels_of_a_tree():
+    tree = Tree.of([7, 8], [[1, 2], [1, 3], [4]])
+    assert tree.trunk == 2
+    assert tree.only([2, 1]) == Tree.of([7, 8], [[4], [1, 3]])
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_bounds_hold_and_are_exact_for_the_right_label(ends):
+    model, tokenizer = tiny.llama(dtype=torch.float64).eval(), tiny.tokenizer()
+    asked = items(30, labels=LABELS)  # without ends, one label is the beginning of others
+    trees = [encode(tokenizer, item, ends=ends) for item in asked]
+    right = [item.answer for item in asked]
+    exact = tree_likelihoods(model, trees, pad=0)
+    found = bounds(model, trees, right, pad=0)
+    off = 12 * 4 * 5 * 2**-24  # as above
+    for label, values, highest in zip(right, exact, found, strict=True):
+        assert highest[label] == pytest.approx(values[label], abs=off)
+        assert all(bound >= value - off for bound, value in zip(highest, values, strict=True))
+    assert any(
+        bound > value + off for pair in zip(found, exact, strict=True) for bound, value in zip(*pair, strict=True)
+    )
 
 
 @pytest.mark.parametrize("rule", ["ends", "per character"])
@@ -354,6 +379,12 @@ def test_the_rate_is_tuned_on_the_validation_part(accuracies, expected):
         status = "ok" if accuracy is not None else "failed: step 3: the loss is nan"
         rows.append(pretend(tuning(MINI, variant, "toy", missing), accuracy or 0.0, status))
     assert choose_rate(rows, MINI, variant, "toy") == (expected, None)
+
+
+def test_a_single_rate_is_not_tuned():
+    assert choose_rate([], MINI, hypotheses.SHIPPED, "toy") == (1.5e-2, None)
+    assert hypotheses.SHIPPED.options == hypotheses.SPARSE.options
+    assert inspect.signature(SparseAdamW).parameters["lr"].default == 1.5e-2
 
 
 def test_variants_have_different_names_and_settings_and_known_methods():

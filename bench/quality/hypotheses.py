@@ -1,7 +1,7 @@
 """What is compared: the methods of the claims, and the search for what one per cent lacks, as lists of runs."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sparseft.selection import lift
@@ -17,6 +17,7 @@ class Variant:
     Attributes:
         method: a name in `methods.METHODS`.
         options: its keyword arguments; a text in OBJECTS stands for the object.
+        rates: a single one is not tuned.
     """
 
     name: str
@@ -69,9 +70,11 @@ def variation(name: str, **changes: Any) -> Variant:
 
 
 SPARSE = variation("sparse-1%")
+SHIPPED = replace(SPARSE, name="sparse-1%-default-rate", rates=(1.5e-2,))  # what a user gets who sets nothing
 
 CLAIMS: tuple[Variant, ...] = (
     SPARSE,
+    SHIPPED,
     Variant("dense", "dense", rates=(3e-5, 1e-4, 3e-4)),
     Variant("lora-r8", "lora", {"r": 8}, ADAPTER_RATES),
     Variant("lora-r4", "lora", {"r": 4}, ADAPTER_RATES),  # 1.15 times the values of one per cent

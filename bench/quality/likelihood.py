@@ -49,6 +49,18 @@ class Tree:
             paths.append(path)
         return cls(tokens, parents, depths, paths)
 
+    @property
+    def trunk(self) -> int:
+        """How many nodes the prompt has."""
+        return min((path[0] for path in self.labels if path), default=len(self.tokens))
+
+    def label_tokens(self, label: int) -> list[int]:
+        return [self.tokens[node] for node in self.labels[label]]
+
+    def only(self, labels: Sequence[int]) -> "Tree":
+        """The tree of some of the labels, in the order given."""
+        return Tree.of(self.tokens[: self.trunk], [self.label_tokens(label) for label in labels])
+
     def visible(self) -> Tensor:
         """bool [n, n]: row i marks the nodes on the way to i, and i."""
         seen = torch.eye(len(self.tokens), dtype=torch.bool)
@@ -88,25 +100,50 @@ def tree_inputs(trees: Sequence[Tree], pad: int, dtype: torch.dtype) -> dict[str
     return {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
 
 
+Edge = tuple[int, int, int]  # (number of the tree, node, token behind it)
+
+
 @torch.inference_mode()
-def tree_likelihoods(model: nn.Module, trees: Sequence[Tree], pad: int) -> list[list[float]]:
-    """Per tree and label the summed log probability of the label's tokens after the prompt."""
+def edge_log_probabilities(model: nn.Module, trees: Sequence[Tree], edges: Sequence[Edge], pad: int) -> list[float]:
+    """Per edge the log probability of its token after the way to its node; logits are computed at these nodes only."""
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     inputs = {name: tensor.to(device) for name, tensor in tree_inputs(trees, pad, dtype).items()}
     where = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-    for row, tree in enumerate(trees):
-        where[row, [tree.parents[node] for path in tree.labels for node in path]] = True
+    rows, nodes, tokens = torch.tensor(edges, device=device).T
+    where[rows, nodes] = True
     logits = logits_at(model, where, **inputs)
-    number = (where.flatten().cumsum(0) - 1).view(where.shape).tolist()  # marked position -> its row of logits
-    nodes = [
-        (row, node) for row, tree in enumerate(trees) for node in sorted({n for path in tree.labels for n in path})
-    ]
-    rows = [number[row][trees[row].parents[node]] for row, node in nodes]
-    tokens = [trees[row].tokens[node] for row, node in nodes]
+    number = (where.flatten().cumsum(0) - 1).view(where.shape)[rows, nodes]  # of the edge's row of logits
     total = torch.cat([part.float().logsumexp(-1) for part in logits.split(256)])  # fp32 copies of a few rows
-    values = (logits[rows, tokens].float() - total[rows]).tolist()
-    log_probability = dict(zip(nodes, values, strict=True))
-    return [[sum(log_probability[row, n] for n in path) for path in tree.labels] for row, tree in enumerate(trees)]
+    return (logits[number, tokens].float() - total[number]).tolist()
+
+
+def tree_likelihoods(model: nn.Module, trees: Sequence[Tree], pad: int) -> list[list[float]]:
+    """Per tree and label the summed log probability of the label's tokens after the prompt."""
+    nodes = [(row, n) for row, tree in enumerate(trees) for n in sorted({n for path in tree.labels for n in path})]
+    edges = [(row, trees[row].parents[node], trees[row].tokens[node]) for row, node in nodes]
+    known = dict(zip(nodes, edge_log_probabilities(model, trees, edges, pad), strict=True))
+    return [[sum(known[row, n] for n in path) for path in tree.labels] for row, tree in enumerate(trees)]
+
+
+def bounds(model: nn.Module, trees: Sequence[Tree], right: Sequence[int], pad: int) -> list[list[float]]:
+    """Per tree and label an upper bound of what `tree_likelihoods` gives; that itself for the tree's label `right`.
+
+    Another label's bound is its likelihood up to the token that leaves the right label's way, that one included. No
+    token of the other labels goes through the model, and they are most of a tree.
+    """
+    ways = [tree.only([label]) for tree, label in zip(trees, right, strict=True)]
+    edges: list[Edge] = []
+    counts = []
+    for row, (tree, way) in enumerate(zip(trees, ways, strict=True)):
+        nodes, goal = [way.trunk - 1, *way.labels[0]], way.label_tokens(0)
+        for label in map(tree.label_tokens, range(len(tree.labels))):
+            common = next((i for i, (a, b) in enumerate(zip(label, goal, strict=False)) if a != b), len(goal))
+            known = label[: min(common + 1, len(goal))]  # behind the goal's end no logits are computed
+            edges += [(row, node, token) for node, token in zip(nodes, known, strict=False)]
+            counts.append(len(known))
+    values = iter(edge_log_probabilities(model, ways, edges, pad))
+    sums = iter([sum(next(values) for _ in range(count)) for count in counts])
+    return [[next(sums) for _ in tree.labels] for tree in trees]
 
 
 @dataclass(frozen=True)
@@ -127,26 +164,56 @@ def answer(
 ) -> Answers:  # fmt: skip
     """The most likely label of every item, by the task's rule.
 
+    Where likelihoods are plain sums, a first pass over the right labels alone decides most items: no other label can be
+    as likely. Only what is left of the labels of the others is computed.
+
     Args:
         tokens: a batch has at most so many, padding included; one row at least.
     """
     trees = [encode(tokenizer, item, ends=task.ends) for item in items]
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    right = [item.answer for item in items]
     was_training = model.training
     model.eval()
-    hits, losses, done = [False] * len(items), [0.0] * len(items), 0
-    for batch in batches_by_length([len(tree.tokens) for tree in trees], tokens):
-        for number, sums in zip(batch, tree_likelihoods(model, [trees[i] for i in batch], pad), strict=True):
-            item = items[number]
-            scale = [len(label) if task.per_character else 1 for label in item.labels]
+    if task.per_character:
+        rivals = [list(range(len(tree.labels))) for tree in trees]
+        losses = [0.0] * len(items)
+    else:
+        rivals, losses = likely_enough(model, trees, right, pad, tokens)
+    hits = [labels == [label] for labels, label in zip(rivals, right, strict=True)]
+    undecided = [number for number, hit in enumerate(hits) if not hit]
+    done = len(items) - len(undecided)
+    small = {number: trees[number].only(rivals[number]) for number in undecided}
+    for group in batches_by_length([len(small[number].tokens) for number in undecided], tokens):
+        batch = [undecided[i] for i in group]
+        for number, sums in zip(batch, tree_likelihoods(model, [small[i] for i in batch], pad), strict=True):
+            labels = [items[number].labels[i] for i in rivals[number]]
+            scale = [len(label) if task.per_character else 1 for label in labels]
             likelihoods = [s / n for s, n in zip(sums, scale, strict=True)]
-            hits[number] = max(range(len(sums)), key=likelihoods.__getitem__) == item.answer
-            losses[number] = -sums[item.answer]
+            place = rivals[number].index(right[number])
+            hits[number] = max(range(len(sums)), key=likelihoods.__getitem__) == place
+            losses[number] = -sums[place]
         done += len(batch)
         if progress is not None:
             progress(task.name, done, len(items))
     model.train(was_training)
     return Answers(hits, sum(losses) / len(losses))
+
+
+def likely_enough(
+    model: nn.Module, trees: Sequence[Tree], right: Sequence[int], pad: int, tokens: int
+) -> tuple[list[list[int]], list[float]]:
+    """Per tree the labels whose bound reaches the right label's likelihood, that one among them, and its negative."""
+    lengths = [tree.trunk + len(tree.labels[label]) for tree, label in zip(trees, right, strict=True)]
+    rivals: list[list[int]] = [[]] * len(trees)
+    losses = [0.0] * len(trees)
+    for batch in batches_by_length(lengths, tokens):
+        found = bounds(model, [trees[i] for i in batch], [right[i] for i in batch], pad)
+        for number, highest in zip(batch, found, strict=True):
+            mine = highest[right[number]]
+            losses[number] = -mine
+            rivals[number] = [label for label, bound in enumerate(highest) if bound >= mine]
+    return rivals, losses
 
 
 @torch.inference_mode()

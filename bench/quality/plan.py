@@ -160,8 +160,11 @@ def choose_rate(rows: Sequence[Row], scale: Scale, variant: Variant, task: str) 
     """(best rate, None) when the variant is tuned, (None, rate to try next) before; (None, None): every rate failed.
 
     The best has the lowest loss on the validation part (the accuracy of so few questions is too coarse). While it is
-    the highest or lowest rate tried, the next one beyond is tried, `scale.extensions` times at most.
+    the highest or lowest rate tried, the next one beyond is tried, `scale.extensions` times at most. A variant with a
+    single rate is not tuned.
     """
+    if len(variant.rates) == 1:
+        return variant.rates[0], None
     by_key = {row["key"]: row for row in rows}
     tried = sorted(variant.rates[: scale.rates])
     for extension in range(scale.extensions + 1):
