@@ -159,7 +159,7 @@ class Answers:
 
 
 def answer(
-    model: nn.Module, tokenizer, task: Task, items: Sequence[Item], *, tokens: int = 4096,
+    model: nn.Module, tokenizer, task: Task, items: Sequence[Item], *, tokens: int = 1024,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Answers:  # fmt: skip
     """The most likely label of every item, by the task's rule.
