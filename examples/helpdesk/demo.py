@@ -31,8 +31,7 @@ def config(arguments: argparse.Namespace) -> finetune.RunConfig:
         data=str(HERE / "train.jsonl"),
         evals={name: str(HERE / f"{name}.jsonl") for name in ("heldout", "general")},
         system="",
-        # the settings of bench/results/demo.json; the present defaults have not been tried here
-        sparse=SparseConfig(density=0.01, criterion="grad", density_power=0.0),
+        sparse=SparseConfig(density=0.01),
         epochs=arguments.epochs,
         learning_rate=arguments.lr,
         max_new_tokens=40,
@@ -53,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folder is made")
     parser.add_argument("--epochs", type=float, default=5, help="passes over the data")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=1.5e-2, help="peak learning rate")
     arguments = parser.parse_args()
 
     console = Console()
