@@ -7,6 +7,7 @@ definition of the operation alone:
 
     masked_grad    active tiles x (BM + BN) x T operand elements, and per entry its position and its gradient
     compact        the active columns, read and written once (masked_grad's own preparation)
+    the call       the same as masked_grad: what both kernels together move for it, without a bound
     scatter_delta  per entry its position, its value and its weight, read and written
     sparse_adamw   per entry its position, gradient, base, both moments, value and weight, read and written
     select_topk    two reads of all scores
@@ -42,7 +43,7 @@ class Row(NamedTuple):
     must: int
     moved: int
     sectors: int
-    bound: float = BOUND
+    bound: float | None = BOUND  # None: for information
 
     @property
     def ratio(self) -> float:
@@ -77,15 +78,17 @@ def clustered(size: int, tiles: int, fill: float, tile: int = 64) -> Pattern:
     return Pattern.from_indices(mask.view(-1).nonzero().squeeze(1), (size, size), row_order=rows, col_order=cols)
 
 
-def masked_grad_rows(tokens: int = 128) -> list[Row]:
-    p, dtype = clustered(512, 10, 0.1), torch.bfloat16
-    grad_out, input = torch.zeros(tokens, 512, dtype=dtype), torch.zeros(tokens, 512, dtype=dtype)
+def masked_grad_rows(size: int = 2048, tokens: int = 128) -> list[Row]:
+    """1 % of the entries in 10 % of the tiles. Twice as large a weight halves the copies' share in the call."""
+    p, dtype = clustered(size, (size // 64) ** 2 // 10, 0.1), torch.bfloat16
+    grad_out, input = torch.zeros(tokens, size, dtype=dtype), torch.zeros(tokens, size, dtype=dtype)
     with recorded() as launches:
         masked_grad_(torch.zeros(len(p)), grad_out, input, *p.layout, True)
-    operands = len(p.tiles) * (64 + 64) * tokens * 2
+    must = len(p.tiles) * (64 + 64) * tokens * 2 + len(p) * (2 + 4 + 4)
     copied = (len(p.rows) + len(p.cols)) * tokens * 2 * 2
-    return [Row("masked_grad", operands + len(p) * (2 + 4 + 4), *moved(of("_tiles", launches))),
-            Row("  its compact copies", copied, *moved(of("_compact", launches)))]  # fmt: skip
+    return [Row("masked_grad", must, *moved(of("_tiles", launches))),
+            Row("  its compact copies", copied, *moved(of("_compact", launches))),
+            Row("  the call, with copies", must, *moved(launches), None)]  # fmt: skip
 
 
 def entry_rows(size: int = 4096) -> list[Row]:
@@ -129,8 +132,9 @@ def main() -> int:
     rows = report()
     print(f"{'bytes':24}{'must':>12}{'moved':>12}{'ratio':>8}{'bound':>8}{'sectors':>12}")
     for row in rows:
-        print(f"{row.kernel:24}{row.must:12,}{row.moved:12,}{row.ratio:8.3f}{row.bound:8.2f}{row.sectors:12,}")
-    return int(any(row.ratio > row.bound for row in rows))
+        bound = f"{row.bound:8.2f}" if row.bound else f"{'none':>8}"
+        print(f"{row.kernel:24}{row.must:12,}{row.moved:12,}{row.ratio:8.3f}{bound}{row.sectors:12,}")
+    return int(any(row.bound and row.ratio > row.bound for row in rows))
 
 
 if __name__ == "__main__":

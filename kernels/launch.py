@@ -1,12 +1,15 @@
 """What a launch has to know about its device and its worklist; asked when a kernel is launched, never at import."""
 
+import os
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
+import numpy
 import torch
+import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -26,9 +29,24 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def on(device: torch.device) -> AbstractContextManager:
-    """Triton launches on the current device: make it the tensors' device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+def on(tensor: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device: make it the tensor's.
+
+    Raises:
+        RuntimeError: a bf16 tensor and Triton's own interpreter, which computes with the bits as if they were integers.
+    """
+    if tensor.is_cuda:
+        return torch.cuda.device(tensor.device)
+    if tensor.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1" and not _interprets_bf16():
+        raise RuntimeError("Triton's interpreter computes bf16 wrongly: use fp32 or fp16, or a GPU")
+    return nullcontext()
+
+
+def _interprets_bf16() -> bool:
+    """Whether the interpreter was taught bf16 (as tests/triton does): by itself it takes it for uint16."""
+    from triton.runtime import interpreter
+
+    return interpreter._get_np_dtype(tl.bfloat16) != numpy.uint16
 
 
 class Remembered:

@@ -105,7 +105,7 @@ def masked_grad_(out, grad_out, input, rows, cols, tiles, local, tile, accumulat
     if tiles.shape[0] == 0:
         return
     tile, tiles = tuple(tile), tiles.contiguous()
-    with on(out.device):
+    with on(input):
         work = plan(tiles, tile)
         variant = variant or ("tiles" if squares is not None else choose(work.entries, tiles.shape[0], tile))
         if rows is None:

@@ -20,7 +20,9 @@ def _scatter(
 
     value = tl.load(values + entry, mask=mask, other=0.0)
     if MODE == "swap":
-        tl.store(values + entry, tl.load(weight + offset, mask=mask, other=0.0), mask=mask)
+        old = tl.load(weight + offset, mask=mask, other=0.0)
+        tl.debug_barrier()  # the compiler may give an entry's loads and stores to different threads
+        tl.store(values + entry, old, mask=mask)
     if MODE == "add":
         wide: tl.constexpr = tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32
         old = tl.load(weight + offset, mask=mask, other=0.0)
@@ -33,7 +35,7 @@ def scatter_delta_(weights, values, rows, cols, tiles, local, tile, mode, alpha)
     count = local.shape[0]
     if count == 0 or tiles.shape[0] == 0:
         return
-    with on(local.device):
+    with on(weights[0]):
         ordered, spans, reach, complete = plan(tiles, count)
         _scatter[(spans.shape[0],)](
             weights[0], values, address_table(weights), rows, cols, ordered, spans, reach, local, count, alpha,

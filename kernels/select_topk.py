@@ -154,7 +154,7 @@ def select_topk(scores, others, k, score):
     if k == 0:
         return torch.empty(0, dtype=torch.int64, device=device)
     filled = [i for i, s in enumerate(scores) if s.numel()]
-    with on(device):
+    with on(scores[0]):
         s = _cut([scores[i] for i in filled], [others[i] for i in filled] if score == "product" else [])
         return _select(s, k, sum(x.numel() for x in scores))
 

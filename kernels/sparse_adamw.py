@@ -121,7 +121,7 @@ def sparse_adamw_(
     count = local.shape[0]
     if count == 0 or tiles.shape[0] == 0:
         return
-    with on(local.device):
+    with on(weights[0]):
         ordered, spans, reach, complete = plan(tiles, count)
         _adamw[(spans.shape[0],)](
             weights[0], values, grad, exp_avg, exp_avg_sq, base, step, born, address_table(weights), rows, cols,

@@ -1,8 +1,8 @@
 """Which implementation serves each operation: finds them at import, chooses at each call, explains itself.
 
 Implementations, the preferred first: `cuda` (compiled, CUDA tensors), `triton` (CUDA tensors; CPU tensors under
-TRITON_INTERPRET=1), `cpu` (compiled, CPU tensors), `reference` (plain torch, any device). That `cuda` comes before
-`triton` is the order by default: no GPU has been there to measure which is faster for which operation.
+TRITON_INTERPRET=1, bf16 excepted), `cpu` (compiled, CPU tensors), `reference` (plain torch, any device). That `cuda`
+comes before `triton` is the order by default: no GPU has been there to measure which is faster for which operation.
 
 Environment: SPARSEFT_BACKEND=<name> forces one implementation; an operation or device it cannot serve raises.
 """

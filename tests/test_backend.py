@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,6 +171,32 @@ def test_import_needs_no_triton():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "cpu | the package triton is not installed"
+
+
+def test_without_triton_its_tests_are_skipped_with_the_reason():
+    folder = Path(__file__).with_name("triton")
+    done = run(f"{WITHOUT_TRITON}import pytest\npytest.main(['-p', 'no:cacheprovider', {str(folder)!r}])")
+    modules = len(list(folder.glob("test_*.py")))
+    assert f"SKIPPED [{modules}]" in done.stdout and "the package triton is not installed" in done.stdout, done.stdout
+
+
+def test_tritons_own_interpreter_is_refused_bf16():
+    """Which it computes wrongly, and does not say so."""
+    pytest.importorskip("triton")
+    done = run(
+        "import torch, sparseft.ops\n"
+        "pattern = sparseft.Pattern.from_mask(torch.ones(3, 5, dtype=torch.bool))\n"
+        "for dtype in (torch.float32, torch.float16, torch.bfloat16):\n"
+        "    weight, values = torch.ones(3, 5, dtype=dtype), torch.ones(15, dtype=dtype)\n"
+        "    sparseft.ops.scatter_delta_(weight, values, pattern, 'add')\n"
+        "    print(weight.sum().item())",
+        SPARSEFT_BACKEND="triton",
+        TRITON_INTERPRET="1",
+    )
+    assert done.stdout.split() == ["30.0", "30.0"]
+    assert done.stderr.rstrip().endswith(
+        "RuntimeError: Triton's interpreter computes bf16 wrongly: use fp32 or fp16, or a GPU"
+    )
 
 
 def test_import_needs_no_triton_kernels_and_no_transformers():

@@ -7,7 +7,9 @@ and runs programs in order, which hides races. Here, in every launch:
     an access outside the tensors of the launch, or a misaligned one, raises IndexError
     lanes that a load masks out without giving `other` hold NaN (or a huge integer), not zero
     a false `tl.multiple_of` raises, and so does a store that writes one address from two lanes
-    programs run in a shuffled order; memory that one program stores and another one touches raises (a race)
+    programs run in a shuffled order; memory that one program writes and another one touches raises (a race)
+    so does memory that a program stores and touches again without a barrier: its threads do not wait for each other
+    an atomic operation on floats raises: the order of the programs would show in its bits
     the bytes moved are counted, per launch and per argument
 
 Tensors that a kernel reaches through a table of addresses are announced with `reachable`.
@@ -62,6 +64,8 @@ class Launch:
     programs: int
     loads: dict[str, Traffic] = field(default_factory=lambda: defaultdict(Traffic))
     stores: dict[str, Traffic] = field(default_factory=lambda: defaultdict(Traffic))
+    rewritten: set[str] = field(default_factory=set)
+    """Where a program stored what it had loaded, without a barrier: right if the new value depends on the old one."""
 
     def total(self, measure: str = "requested") -> int:
         return sum(getattr(t, measure) for t in [*self.loads.values(), *self.stores.values()])
@@ -103,6 +107,12 @@ class Memory:
         self.end = np.maximum.accumulate(np.array([s[1] for s in spans], np.uint64)) if spans else self.first
         self.names = [s[2] for s in spans]
         self.log: list[tuple[str, int, np.ndarray, int, int]] = []  # kind, argument, addresses, size, program
+        self.rewritten: set[str] = set()
+        self.meet()
+
+    def meet(self) -> None:
+        """All threads of a program reach a barrier, or its beginning."""
+        self.recent: dict[tuple[str, int], list[np.ndarray]] = defaultdict(list)  # addresses by kind and argument
 
     def access(self, kind: str, pointers: TensorHandle, mask: TensorHandle | None) -> None:
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
@@ -122,25 +132,45 @@ class Memory:
             raise RuntimeError(f"{self.kernel}: one store writes an address from several lanes")
         for argument in np.unique(where):
             self.log.append((kind, int(argument), at[where == argument], size, self.program))
+            self._order(*self.log[-1][:3])
+
+    def _order(self, kind: str, argument: int, at: np.ndarray) -> None:
+        """Without a barrier, another thread of the program may not have done yet what the code did before."""
+
+        def touched(before: str) -> bool:
+            return any(np.isin(at, addresses).any() for addresses in self.recent[before, argument])
+
+        if touched("store"):
+            raise RuntimeError(
+                f"{self.kernel}: a program {kind}s what it stored, without a barrier: {self.names[argument]!r}"
+            )
+        if kind == "store" and touched("load"):
+            self.rewritten.add(self.names[argument])
+        self.recent[kind, argument].append(at)
 
     def check_races(self) -> None:
         touched = defaultdict(list)
         for kind, argument, at, _, program in self.log:
             touched[argument].append((kind, np.unique(at), program))
         for argument, accesses in touched.items():
-            stored = [(at, program) for kind, at, program in accesses if kind == "store"]
-            if not stored:
-                continue
-            at = np.concatenate([a for a, _ in stored])
-            by = np.concatenate([np.full(a.size, p) for a, p in stored])
-            order = np.lexsort((by, at))
-            at, by = at[order], by[order]
-            self._refuse((at[1:] == at[:-1]) & (by[1:] != by[:-1]), argument, "two programs store the same address")
-            for kind, a, program in accesses:
-                if kind != "store":
-                    found = np.minimum(np.searchsorted(at, a), at.size - 1)
-                    self._refuse((at[found] == a) & (by[found] != program), argument,
-                                 f"one program {kind}s what another one stores")  # fmt: skip
+            for writing in ("store", "atomic"):
+                written = [(at, program) for kind, at, program in accesses if kind == writing]
+                if not written:
+                    continue
+                at = np.concatenate([a for a, _ in written])
+                by = np.concatenate([np.full(a.size, p) for a, p in written])
+                order = np.lexsort((by, at))
+                at, by = at[order], by[order]
+                if writing == "store":
+                    twice = (at[1:] == at[:-1]) & (by[1:] != by[:-1])
+                    self._refuse(twice, argument, "two programs store the same address")
+                for kind, a, program in accesses:
+                    if kind != writing:
+                        first = np.minimum(np.searchsorted(at, a), at.size - 1)
+                        last = np.searchsorted(at, a, side="right") - 1
+                        other = (by[first] != program) | (by[last] != program)
+                        self._refuse((at[first] == a) & other, argument,
+                                     f"one program {kind}s what another one {writing}s")  # fmt: skip
 
     def _refuse(self, wrong: np.ndarray, argument: int, what: str) -> None:
         if wrong.any():
@@ -187,6 +217,7 @@ class Grid(interpreter.GridExecutor):
         _memory.check_races()
         if _recorded is not None:
             launch = Launch(self.fn.__name__, int(np.prod(interpreter.interpreter_builder.grid_dim)))
+            launch.rewritten = _memory.rewritten
             _memory.record(launch)
             _recorded.append(launch)
 
@@ -248,12 +279,15 @@ def create_masked_store(self, pointers, value, mask, *policy):
 
 
 def create_atomic_rmw(self, operation, pointers, value, mask, *order):
+    if value.dtype.scalar.is_floating():
+        raise RuntimeError(f"{_memory.kernel}: an atomic operation on floats: its bits depend on the programs' order")
     _memory.access("atomic", pointers, mask)
     return _rmw(self, operation, pointers, value, mask, *order)
 
 
 Builder.create_masked_load, Builder.create_masked_store = create_masked_load, create_masked_store
 Builder.create_atomic_rmw = create_atomic_rmw
+Builder.create_barrier = lambda self: _memory.meet()
 
 _set_grid_dim, _set_grid_idx = Builder.set_grid_dim, Builder.set_grid_idx
 
@@ -265,6 +299,7 @@ def set_grid_dim(self, *shape):
 
 def set_grid_idx(self, x, y, z):
     _memory.program = int(self.order[np.ravel_multi_index((x, y, z), self.grid_dim)])
+    _memory.meet()
     _set_grid_idx(self, *map(int, np.unravel_index(_memory.program, self.grid_dim)))
 
 

@@ -12,7 +12,7 @@ from triton.runtime.errors import InterpreterError
 from ..kernels import test_masked_grad, test_scatter_delta, test_select_topk, test_sparse_adamw
 from ..kernels.conftest import Implementation
 from ..kernels.table import SEVERAL_LAYERS, Memory
-from . import strict
+from . import strict, test_order
 
 LAYERS = SEVERAL_LAYERS[0]
 KERNELS = Path(sparseft.kernels.__path__[0])
@@ -42,6 +42,10 @@ def sparse_adamw(folder: Path) -> None:
 
 def select_topk(folder: Path) -> None:
     test_select_topk.test_sizes(Implementation("triton", "select_topk", "cpu"), 4097, torch.float32)
+
+
+def swap(folder: Path) -> None:
+    test_order.test_only_add_writes_what_it_read_without_a_barrier("swap")
 
 
 BOUNDS, SHARED = "out of bounds", "several lanes|race on"
@@ -77,6 +81,10 @@ FAULTS = {  # what: file, right, wrong, which part of the table notices, and how
     "every program does all tiles": (
         "masked_grad.py", "range(tl.program_id(0), count, tl.num_programs(0))", "range(0, count)",
         masked_grad, SHARED,
+    ),
+    "a swap without its barrier": (
+        "scatter_delta.py", "tl.debug_barrier()", "pass",
+        swap, "values",
     ),
     "lanes that share a place": (
         "select_topk.py", "before_above + (rank >> 16)", "before_above + (rank >> 17)",

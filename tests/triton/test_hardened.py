@@ -33,6 +33,25 @@ def _shift(data, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _twice(data, BLOCK: tl.constexpr, STORES: tl.constexpr, BARRIER: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    value = tl.load(data + at)
+    tl.store(data + at, value + 1.0)
+    if BARRIER:
+        tl.debug_barrier()
+    if STORES:
+        tl.store(data + at, value)
+    else:
+        tl.store(data + BLOCK + at, tl.load(data + BLOCK - 1 - at))
+
+
+@triton.jit
+def _tally(counts, result, FIRST: tl.constexpr):
+    tl.atomic_add(counts + FIRST * tl.program_id(0), 1)
+    tl.store(result + tl.program_id(0), tl.load(counts))
+
+
+@triton.jit
 def _total(source, total, count, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     tl.store(total, tl.sum(tl.load(source + at, mask=at < count), 0))
@@ -110,6 +129,28 @@ def test_two_programs_store_to_one_address():
 def test_one_program_loads_what_another_stores():
     with pytest.raises(RuntimeError, match="race on 'data': one program loads"):
         _shift[(2,)](torch.zeros(9), BLOCK=4)
+
+
+def test_one_program_loads_what_another_adds_to():
+    with pytest.raises(RuntimeError, match="race on 'counts': one program loads what another one atomics"):
+        _tally[(2,)](torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), FIRST=1)
+    with pytest.raises(RuntimeError, match="race on 'counts'"):
+        _tally[(2,)](torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), FIRST=0)
+    _tally[(1,)](torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), FIRST=0)
+
+
+def test_atomics_on_floats():
+    with pytest.raises(InterpreterError, match="its bits depend on the programs' order"):
+        _tally[(2,)](torch.zeros(2), torch.zeros(2), FIRST=1)
+
+
+@pytest.mark.parametrize(("stores", "what"), [(True, "stores"), (False, "loads")])
+def test_one_program_touches_again_what_it_stored(stores, what):
+    with pytest.raises(InterpreterError, match=f"a program {what} what it stored, without a barrier: 'data'"):
+        _twice[(1,)](torch.zeros(8), BLOCK=4, STORES=stores, BARRIER=False)
+    with hardened.recorded() as launches:
+        _twice[(1,)](torch.zeros(8), BLOCK=4, STORES=stores, BARRIER=True)
+    assert launches[0].rewritten == {"data"}  # by the first store
 
 
 def test_programs_run_in_another_order():

@@ -6,7 +6,7 @@ import torch
 from sparseft import backend
 from sparseft.pattern import Pattern, pack
 
-from . import strict  # noqa: F401 (the kernels run in the strict interpreter)
+from . import hardened, strict  # noqa: F401 (the kernels run in the strict interpreter)
 
 
 def arguments() -> dict[str, tuple]:
@@ -30,6 +30,25 @@ def test_opcheck(name):
         torch.library.opcheck(getattr(torch.ops.sparseft, name).default, arguments()[name])
 
 
+@pytest.mark.parametrize(
+    ("fault", "noticed"),
+    [
+        (lambda grad_out, *rest: grad_out.new_empty(rest[4].shape, dtype=torch.float64), "Dtypes .* are not equal"),
+        (lambda grad_out, *rest: grad_out.new_empty(len(rest[4]) + 1), "Shapes .* are not equal"),
+    ],
+    ids=["dtype", "shape"],
+)
+def test_opcheck_notices_a_wrong_fake(fault, noticed):
+    """The fake kernel of masked_grad with another dtype or shape than what Triton's kernel returns."""
+    right = torch._library.simple_registry.singleton.find("sparseft::masked_grad").fake_impl.kernel.func
+    torch.library.register_fake("sparseft::masked_grad", fault, allow_override=True)
+    try:
+        with backend.forced("triton"), pytest.raises(Exception, match=noticed):
+            torch.library.opcheck(torch.ops.sparseft.masked_grad.default, arguments()["masked_grad"])
+    finally:
+        torch.library.register_fake("sparseft::masked_grad", right, allow_override=True)
+
+
 def test_a_llama_compiles_without_graph_breaks():
     """Forward and backward, fullgraph: the gradients of the compiled model are the eager one's."""
     pytest.importorskip("transformers")
@@ -44,8 +63,9 @@ def test_a_llama_compiles_without_graph_breaks():
     model, tokens = sparsify(model, patterns).eval(), torch.randint(50, (2, 6))
     compiled, grads = torch.compile(model, fullgraph=True, backend="aot_eager"), []
     for forward in (model, compiled):
-        with backend.forced("triton"):
+        with backend.forced("triton"), hardened.recorded() as launches:
             forward(input_ids=tokens, use_cache=False).logits.square().mean().backward()
+        assert len([launch for launch in launches if launch.kernel in ("_tiles", "_panels")]) == len(patterns)
         grads.append([p.grad.clone() for p in parameters(model)])
         model.zero_grad(set_to_none=True)
     assert len(grads[0]) > 10
