@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparseft.embeddings import MaskedEmbedding, trains_by_rows
+from sparseft.norms import LeanRMSNorm, lean_norms, restore_norm
 from sparseft.ops import eager_masked_grad, scatter_delta_
 from sparseft.pattern import TENSORS, Pattern, matrix_shape
 from sparseft.saved import SharedInput, share_inputs
@@ -51,28 +52,29 @@ class Selected:
 class MaskedLinear(torch.autograd.Function):
     """y = x W^T + b with the gradient of W only at `values`' entries; `transposed` weights are [in, out].
 
-    `saved` is None, or [U, T]: the columns of x that `rows` or `cols` (whichever is the input's) point into.
+    `saved` is None, or leads to [U, T]: the columns of x that `rows` or `cols` (whichever is the input's) point into.
     """
 
     @staticmethod
     def forward(ctx, x, values, weight, bias, saved, rows, cols, tiles, local, tile, transposed):
         ctx.tile, ctx.transposed, ctx.compact = tile, transposed, saved is not None
-        if saved is None and values.requires_grad:
-            saved = x
-        ctx.save_for_backward(saved, weight, rows, cols, tiles, local)
+        ctx.recompute = None if saved is None else saved.recompute
+        kept = (x if values.requires_grad else None,) if saved is None else saved.tensors
+        ctx.save_for_backward(weight, rows, cols, tiles, local, *kept)
         return F.linear(x, weight.T if transposed else weight, bias)
 
     @staticmethod
     @once_differentiable  # a second derivative would have to see W as a function of `values`
     def backward(ctx, grad_out):
-        saved, weight, rows, cols, tiles, local = ctx.saved_tensors
+        weight, rows, cols, tiles, local, *kept = ctx.saved_tensors
         need_x, need_values, _, need_bias, *_ = ctx.needs_input_grad
         grad_x = grad_values = grad_bias = None
         if need_x:
             grad_x = grad_out @ (weight.T if ctx.transposed else weight)
         flat = grad_out.reshape(-1, grad_out.shape[-1])
         if need_values:
-            operands = (flat, saved.T if ctx.compact else saved.reshape(-1, saved.shape[-1]))
+            x = kept[0] if ctx.recompute is None else ctx.recompute(*kept)
+            operands = flat, x.T if ctx.compact else x.reshape(-1, x.shape[-1])
             left, right = reversed(operands) if ctx.transposed else operands
             traced = torch.compiler.is_compiling() or type(grad_out) is not Tensor
             compute = torch.ops.sparseft.masked_grad if traced else eager_masked_grad
@@ -176,6 +178,7 @@ def sparsify(model: nn.Module, patterns: dict[str, Pattern]) -> nn.Module:
     users = _users(model)
     model.requires_grad_(False)
     model.zero_grad()  # a dense gradient left from before has no further use
+    lean_norms(model)
     _attach_all(model, prepared, users)
     model._sparseft_flags = flags
     return wrapped
@@ -250,7 +253,7 @@ def keep_left_(chosen: Selected, left: tuple[Tensor, Tensor] | None) -> None:
 def computing_densely(model: nn.Module) -> Iterator[None]:
     """Inside, weights can get dense gradients: sparse layers compute as plain ones, and no gradient is gathered."""
     selected(model)  # mends what a copy lost
-    sparse = [(module, type(module)) for module in plain(model).modules() if isinstance(module, _Swapped)]
+    sparse = [(m, type(m)) for m in plain(model).modules() if isinstance(m, _Swapped | LeanRMSNorm)]
     gathers = [hook for p in model.parameters() for hook in (p._post_accumulate_grad_hooks or {}).values()
                if isinstance(hook, _Gather)]  # fmt: skip
     try:
@@ -288,6 +291,9 @@ def densify(model: nn.Module) -> nn.Module:
             for attribute in (*TENSORS, "values"):
                 delattr(head, attribute)
             _unswap(head)
+    for module in model.modules():
+        if isinstance(module, LeanRMSNorm):
+            restore_norm(module)
     model.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
     for name, flag in model.__dict__.pop("_sparseft_flags", {}).items():
         model.get_parameter(name).requires_grad_(flag)

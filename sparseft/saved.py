@@ -1,12 +1,13 @@
-"""What sparse layers save of their input for the backward pass: the columns that some entry needs, and these only
-once for all layers that read the same input."""
+"""What sparse layers save of their input for the backward pass: what it can be computed from again, where autograd keeps
+that anyway; else the columns that some entry needs. Either only once for all layers that read the same input."""
 
 import weakref
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from sparseft import backend
+from sparseft.recompute import Recompute, columns, source
 
 # Children of one module that are applied to the same tensor, by the names that model families give them. Where a model
 # applies them to different tensors, each saves its own: the names decide what is saved, never what is computed.
@@ -21,6 +22,14 @@ READ_TOGETHER = (
 
 # Children whose input is saved anyway, by who made it: fused attention needs its own output for its gradient.
 READ_WHAT_ATTENTION_SAVED = ("o_proj", "out_proj", "out_lin")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What layers keep of one input. `tensors`: the needed columns [U, T], or what `recompute` makes them from."""
+
+    tensors: tuple[Tensor, ...]
+    recompute: Recompute | None
 
 
 class SharedInput:
@@ -47,15 +56,15 @@ class SharedInput:
         self._layers, self._whole = state["layers"], state["whole"]
         self._forget()
 
-    def save(self, layer: nn.Module, input: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor]:
+    def save(self, layer: nn.Module, input: Tensor, x: Tensor) -> tuple[Saved | None, Tensor]:
         """What `layer` has to save of its input.
 
         Args:
             input: [..., K], what the layer was called with, and `x`, the same in the dtype it computes in.
 
         Returns:
-            [U, T], the needed columns as rows, None where the whole input is needed; and the layer's order (int32),
-            into these columns.
+            What leads back to the needed columns, None where the whole input is to be saved as it is; and the layer's
+            order (int32), into these columns (or the whole input's).
         """
         orders = [input_order(one) for one in self._layers]
         if len(orders) != len(self._orders) or any(a is not b for a, b in zip(orders, self._orders, strict=True)):
@@ -65,12 +74,27 @@ class SharedInput:
             return None, input_order(layer)
         last = self._last
         if last is None or last[0]() is not input or last[1:3] != (_version(input), x.dtype) or number in self._served:
-            kept = columns(x.detach().reshape(-1, x.shape[-1]), self._union)
-            # with the input go its columns; who saved them keeps them
-            last = weakref.ref(input, self._drop), _version(input), x.dtype, kept
+            saved = self._saved(input, x)
+            if saved is None:
+                return None, input_order(layer)
+            # with the input goes what was saved of it; the layers keep it
+            last = weakref.ref(input, self._drop), _version(input), x.dtype, saved
             self._last, self._served = last, set()
         self._served.add(number)  # once: a second call is another forward pass, and may come after a silent write
-        return last[3], self._places[number]
+        saved = last[3]
+        if saved.recompute is not None:
+            saved.recompute.readers += 1
+        return saved, self._places[number]
+
+    def _saved(self, input: Tensor, x: Tensor) -> Saved | None:
+        assert self._union is not None
+        again = source(input)
+        if again is not None:
+            formula, tensors = again
+            return Saved(tensors, Recompute(formula, self._union, x.dtype))
+        if len(self._union) == x.shape[-1]:
+            return None
+        return Saved((columns(x.detach().reshape(-1, x.shape[-1]), self._union),), None)
 
     def _plan(self, orders: list[Tensor], width: int) -> None:
         self._forget()
@@ -79,7 +103,7 @@ class SharedInput:
         for order in orders:
             needed[order.long()] = True
         union = needed.nonzero().squeeze(1).to(torch.int32)
-        if self._whole or len(union) == width:
+        if self._whole:
             return
         self._union = union
         place = needed.cumsum(0).to(torch.int32) - 1
@@ -109,13 +133,6 @@ def input_order(layer: nn.Module) -> Tensor:
     """The active columns of a sparse layer's input."""
     # not by attribute: nn.Module's search for it costs more than all else that happens in a layer's call
     return layer._buffers["rows" if layer.transposed else "cols"]
-
-
-def columns(x: Tensor, chosen: Tensor) -> Tensor:
-    """[U, T]: chosen columns (int32 [U]) of x [T, K] as rows."""
-    if x.device.type == "cpu" and backend.has_cpu_library():
-        return torch.ops.sparseft_cpu.columns(x, chosen)
-    return x.index_select(1, chosen).T
 
 
 def _version(tensor: Tensor) -> int:
