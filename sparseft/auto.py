@@ -21,6 +21,7 @@ GRID: dict[str, tuple[Any, ...]] = {  # the first values are those that train ha
     "tile_budget": (0.1, 1.0),
 }
 COUNT = 16  # settings that are tried
+PROBE_STEPS = 2  # of the trial that measures the machine's speed
 LEAST_STEPS = 4  # of a first trial: fewer say nothing
 REPORT, PLOT = "auto.json", "auto.svg"
 
@@ -93,12 +94,16 @@ def plan(count: int, seconds: float, probe: Outcome, most_steps: int) -> Plan:
 
 def halve(
     candidates: Sequence[SparseConfig], made: Plan, trial: Callable[[SparseConfig, int], Outcome], deadline: float,
-    clock: Callable[[], float] = time.perf_counter, tell: Callable[[Try], None] = lambda one: None,
+    clock: Callable[[], float] = time.perf_counter, tell: Callable[[list[Try]], None] = lambda tries: None,
 ) -> list[Try]:  # fmt: skip
     """Successive halving (Jamieson & Talwalkar, 2016): train all briefly, keep the better half, train these twice as
     long from the start, and so on. Equal losses go to the earlier setting.
 
-    A round that, by the times of the one before, would end after `deadline` does not begin.
+    A round that, by the times of the one before, would end after `deadline` gets fewer steps; if these are no more than
+    those of the round before, it does not begin.
+
+    Args:
+        tell: called with every trial so far, after each.
 
     Returns:
         Every trial; the best setting is the one with the lowest loss in the last round.
@@ -107,21 +112,24 @@ def halve(
     alive = list(candidates[: made.count])
     for number, (count, steps) in enumerate(made.rounds):
         alive = alive[:count]
-        if number and clock() + _seconds([one for one in tries if one.round == number - 1], count, steps) > deadline:
-            break
+        if number:
+            before = [one for one in tries if one.round == number - 1]
+            steps = min(steps, _fitting(before, count, deadline - clock()))
+            if steps <= before[0].steps:
+                break
         for sparse in alive:
             tries.append(Try(sparse, number, steps, trial(sparse, steps)))
-            tell(tries[-1])
+            tell(tries)
         results = {id(one.sparse): one.outcome.loss for one in tries if one.round == number}
         alive.sort(key=lambda sparse: results[id(sparse)])
     return tries
 
 
-def _seconds(before: Sequence[Try], count: int, steps: int) -> float:
-    """Expected time of a round, from the mean of the round before."""
+def _fitting(before: Sequence[Try], count: int, seconds: float) -> int:
+    """Steps of a round of `count` trials for which the time is enough, by the mean of the round before."""
     step = sum(one.outcome.step_seconds for one in before) / len(before)
     measure = sum(one.outcome.measure_seconds for one in before) / len(before)
-    return count * (steps * step + measure)
+    return math.floor((seconds / count - measure) / step)
 
 
 def best(tries: Sequence[Try]) -> Try:
@@ -131,11 +139,13 @@ def best(tries: Sequence[Try]) -> Try:
 
 
 def choose(trials: Trials, minutes: float, grid: Mapping[str, Sequence[Any]] | None = None,
-           count: int = COUNT) -> list[Try]:  # fmt: skip
+           count: int = COUNT, keep: Callable[[list[Try]], object] = lambda tries: None) -> list[Try]:  # fmt: skip
     """Every trial of a search over `grid` (default GRID) that takes about so many minutes; `best` of them is chosen.
 
     Args:
-        minutes: from now; the trial of the base setting that measures the machine's speed is included.
+        minutes: from now, less what the trials in the journal took; the trial of the base setting that measures the
+            machine's speed is included.
+        keep: called with every trial so far, after each.
 
     Raises:
         ValueError: too little time, or a grid that does not fit.
@@ -144,19 +154,21 @@ def choose(trials: Trials, minutes: float, grid: Mapping[str, Sequence[Any]] | N
         raise ValueError(f"minutes must be positive, got {minutes}")
     if count < 2:
         raise ValueError(f"count must be at least 2, got {count}")
-    deadline = time.perf_counter() + 60 * minutes
+    deadline = time.perf_counter() + 60 * minutes - trials.spent
     base = trials.config.sparse
     candidates = settings(base, GRID if grid is None else grid, count, trials.config.seed)
     trials.display.stage(f"Choose among {len(candidates)} settings in {minutes:g} minutes")
-    probe = trials(base, 2)
+    probe = trials(base, PROBE_STEPS)
     most = trials.config.steps or math.ceil(trials.epoch * trials.config.epochs)
-    made = plan(len(candidates), deadline - time.perf_counter(), probe, most)
+    made = plan(len(candidates), 60 * minutes - probe.seconds(PROBE_STEPS), probe, most)  # when resumed, the same
     trials.display.note(", then ".join(f"{n} settings for {steps} steps" for n, steps in made.rounds))
 
-    def tell(one: Try) -> None:
+    def tell(tries: list[Try]) -> None:
+        one = tries[-1]
         trials.display.note(
             f"round {one.round + 1}, {one.steps} steps, {name(one.sparse)}: loss {one.outcome.loss:.4f}"
         )
+        keep(tries)
 
     return halve(candidates, made, trials, deadline, tell=tell)
 

@@ -6,6 +6,7 @@ Heavy imports (transformers) happen inside the commands.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
 LEARNING_RATE = 1.5e-2  # that of SparseTrainingArguments, which needs transformers
 
-OUTPUT = typer.Option(help="Folder for the report and the plot; it must not exist yet.")
+OUTPUT = typer.Option(help="Folder for the report and the plot, written after every trial; it must not exist yet.")
+RESUME = "Go on where an interrupted search stopped; --output is its folder."
+JOURNAL = "trials.jsonl"
 AS_TRAIN = typer.Option(help="As for train.")
 SEVERAL = "to try (several times)."
 
@@ -42,12 +45,13 @@ def common(
     dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32, or auto, as for train.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Same seed, data and model: same trials.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help=RESUME)] = False,
 ) -> "Search":  # fmt: skip
     """What all three commands are told."""
     run = {"model": model, "data": data, "learning_rate": lr, "batch_size": batch_size, "max_length": max_length,
            "chat_template": chat_template, "dtype": dtype, "device": device, "seed": seed}  # fmt: skip
     sparse = {"include": include, "exclude": exclude, "batches": selection_batches, "tile": (tile, tile), "seed": seed}
-    return Search(held_out, run, sparse)
+    return Search(held_out, resume, run, sparse)
 
 
 def with_common_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -74,15 +78,22 @@ class Search:
     """Many trainings of one model on the same rows. `run` and `sparse`: fields of RunConfig and SparseConfig."""
 
     held_out: str | None
+    resume: bool
     run: dict[str, Any]
     sparse: dict[str, Any]
 
     def trials(self, output: Path, display: "Display", sparse: dict[str, Any], **run: Any) -> "Trials":
         from sparseft.finetune import RunConfig
         from sparseft.trainer import SparseConfig
+        from sparseft.trials import Trials
 
         config = RunConfig(sparse=SparseConfig(**self.sparse, **sparse), **self.run, **run)
-        return _trials(config, self.held_out, output, display)
+        if self.resume:
+            if not (output / JOURNAL).is_file():
+                raise ValueError(f"--resume: {output} holds no trials")
+        else:
+            _check_absent(output)
+        return Trials(config, self.held_out, display, output / JOURNAL)
 
 
 @with_common_options
@@ -106,9 +117,10 @@ def auto(
     console = Console()
     with _display(console) as display:
         trials = search.trials(output, display, first, epochs=epochs)
-        tries = study.choose(trials, minutes, grid, settings)
+        keep = partial(_keep, study.report, output, trials)
+        tries = study.choose(trials, minutes, grid, settings, keep=keep)
     show_tries(console, tries)
-    _told(console, study.report(tries, output, trials.about()))
+    _told(console, keep(tries, finished=True))
 
 
 def choose(
@@ -123,10 +135,12 @@ def choose(
     from dataclasses import replace
 
     from sparseft import auto as search
+    from sparseft.trials import Trials
 
     if resume:
         raise ValueError("--resume: the run has chosen already; give the criterion and so on of its config.json")
-    trials = _trials(config, None, folder, display)
+    _check_absent(folder)
+    trials = Trials(config, None, display)
     grid = search.GRID | {"density": (config.sparse.density,)}
     tries = search.choose(trials, minutes, grid)
     about = trials.about()
@@ -169,14 +183,15 @@ def ablate(
     with _display(console) as display:
         settings = {"density": density, "criterion": criterion, "tile_budget": tile_budget}
         trials = search.trials(output, display, settings)
-        found = study.ablate(trials, steps)
+        keep = partial(_keep, study.report, output, trials, steps=steps)
+        found = study.ablate(trials, steps, keep)
     table = Table("group", "weights", "selected", "changed", "held-out loss", "gain", "gain per million changed")
     for one in found:
         o = one.outcome
         table.add_row(one.group, f"{one.weights:,}", f"{o.entries:,}", f"{o.changed:,}", f"{o.loss:.4f}",
                       f"{o.gain:.4f}", f"{one.per_million:.4f}")  # fmt: skip
     console.print(table)
-    _told(console, study.report(found, output, {"steps": steps, **trials.about()}))
+    _told(console, keep(found, finished=True))
 
 
 @with_common_options
@@ -195,14 +210,15 @@ def sweep(
     console = Console()
     with _display(console) as display:
         trials = search.trials(output, display, {"criterion": criterion, "allocation": allocation})
-        found = study.sweep(trials, steps, density or study.DENSITIES, tile_budget or study.TILE_BUDGETS)
+        keep = partial(_keep, study.report, output, trials, steps=steps)
+        found = study.sweep(trials, steps, density or study.DENSITIES, tile_budget or study.TILE_BUDGETS, keep)
     table = Table("density", "tile budget", "selected", "tiles used", "held-out loss", "s per step", "s to select")
     for p in found:
         o = p.outcome
         table.add_row(f"{p.density:g}", f"{p.tile_budget:g}", f"{o.entries:,}", f"{o.tile_share:.1%}", f"{o.loss:.4f}",
                       f"{o.step_seconds:.2f}", f"{o.select_seconds:.1f}")  # fmt: skip
     console.print(table)
-    _told(console, study.report(found, output, {"steps": steps, **trials.about()}))
+    _told(console, keep(found, finished=True))
 
 
 def _display(console: Console) -> Any:
@@ -212,12 +228,15 @@ def _display(console: Console) -> Any:
     return RichDisplay(console)
 
 
-def _trials(config: "RunConfig", held_out: str | None, output: Path, display: "Display") -> "Trials":
-    from sparseft.trials import Trials
-
+def _check_absent(output: Path) -> None:
     if output.exists():
         raise ValueError(f"{output} exists already; choose another --output, or remove it")
-    return Trials(config, held_out, display)
+
+
+def _keep(report: Callable[..., Path], output: Path, trials: "Trials", found: list, *, finished: bool = False,
+          **more: Any) -> Path:  # fmt: skip
+    """Write the report of what was found so far."""
+    return report(found, output, {"finished": finished, **more, **trials.about()})
 
 
 def _told(console: Console, file: Path) -> None:

@@ -1,7 +1,7 @@
 """Density against tile budget: what a change learns, and what a step costs."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,12 @@ class Point:
 
 
 def sweep(trials: Trials, steps: int, densities: Sequence[float] = DENSITIES,
-          tile_budgets: Sequence[float] = TILE_BUDGETS) -> list[Point]:  # fmt: skip
+          tile_budgets: Sequence[float] = TILE_BUDGETS,
+          keep: Callable[[list[Point]], object] = lambda found: None) -> list[Point]:  # fmt: skip
     """A trial of so many steps for every pair.
+
+    Args:
+        keep: called with all points so far, after each.
 
     Raises:
         ValueError: `steps` is not positive, there is no pair, or a share lies outside (0, 1].
@@ -36,12 +40,13 @@ def sweep(trials: Trials, steps: int, densities: Sequence[float] = DENSITIES,
     if not pairs:
         raise ValueError("densities and tile_budgets must hold at least one value each")
     settings = [replace(trials.config.sparse, density=d, tile_budget=t) for d, t in pairs]  # refuses bad ones at once
-    found = []
+    found: list[Point] = []
     for (density, tile_budget), sparse in zip(pairs, settings, strict=True):
         trials.display.stage(f"Density {density:g}, tile budget {tile_budget:g}")
         outcome = trials(sparse, steps)
         found.append(Point(density, tile_budget, outcome))
         trials.display.note(f"loss {outcome.loss:.4f}, {outcome.step_seconds:.2f} s per step")
+        keep(found)
     return found
 
 

@@ -14,6 +14,7 @@ from sparseft import models
 from sparseft.data import Encoder, Examples, read_rows, tokenize
 from sparseft.evaluation import score
 from sparseft.finetune import Display, RunConfig, trainer_for
+from sparseft.journal import Journal
 from sparseft.layers import densify, selected, sparsify
 from sparseft.pattern import Pattern
 from sparseft.selection import eligible
@@ -43,6 +44,10 @@ class Outcome:
     step_seconds: float
     measure_seconds: float
 
+    def seconds(self, steps: int) -> float:
+        """Time of the whole trial."""
+        return self.select_seconds + steps * self.step_seconds + self.measure_seconds
+
 
 class Trials:
     """A loaded model with its data, ready to be trained again and again.
@@ -52,12 +57,14 @@ class Trials:
             say.
         held_out: rows to measure on, as in `data.read_rows`; None holds out a fifth of the training rows, at most 200,
             chosen by the seed.
+        journal: file that keeps every finished trial; those that it holds already are not made again. None: no file.
 
     Attributes:
         start: the loss before any training.
     """
 
-    def __init__(self, config: RunConfig, held_out: str | None, display: Display):
+    def __init__(self, config: RunConfig, held_out: str | None, display: Display, journal: Path | None = None):
+        self._journal = None if journal is None else Journal(journal, config, held_out)
         rows = read_rows(config.data)
         if held_out is None:
             rows, other = split(rows, config.seed)
@@ -74,6 +81,7 @@ class Trials:
         display.note(f"held out: {self.held_out.report()}")
         self._patterns: dict[str, dict[str, Pattern]] = {}
         self._born = _clocks()
+        self._before = (self._journal.seconds, self._journal.cpu_seconds) if self._journal else (0.0, 0.0)
         self.start = self._loss()
         display.note(f"held-out loss before training: {self.start:.4f}")
 
@@ -88,9 +96,10 @@ class Trials:
         return -(-len(self.examples) // (self.config.batch_size * self.config.accumulate))
 
     def about(self) -> dict[str, Any]:
-        """For a report: the configuration, rows, threads, the first loss; seconds on the clock, and of this process's
-        CPU time, since the data were ready."""
+        """For a report: the configuration, rows, threads, the first loss; seconds on the clock, and of CPU time, since
+        the data were ready, and of the trials that an interrupted search left."""
         clock, cpu = (now - then for now, then in zip(_clocks(), self._born, strict=True))
+        clock, cpu = clock + self._before[0], cpu + self._before[1]
         return {"config": asdict(self.config), "rows": len(self.examples), "held_out_rows": len(self.held_out),
                 "threads": torch.get_num_threads(), "start_loss": self.start, "seconds": clock,
                 "cpu_seconds": cpu}  # fmt: skip
@@ -98,8 +107,26 @@ class Trials:
     def __call__(self, sparse: SparseConfig, steps: int) -> Outcome:
         """Select as `sparse` says (once; later trials of it reuse that), train, measure, take the training back.
 
-        Selected weights stay the same in a trial, whatever `sparse.refresh` says.
+        Selected weights stay the same in a trial, whatever `sparse.refresh` says. A trial that the journal holds is not
+        made again.
         """
+        if self._journal is None:
+            return self._train(sparse, steps)
+        known = self._journal.find(sparse, steps)
+        if known is not None:
+            return Outcome(**known)
+        begun = _clocks()
+        outcome = self._train(sparse, steps)
+        clock, cpu = (now - then for now, then in zip(_clocks(), begun, strict=True))
+        self._journal.add(sparse, steps, asdict(outcome), clock, cpu)
+        return outcome
+
+    @property
+    def spent(self) -> float:
+        """Seconds of the trials that an interrupted search left in the journal."""
+        return self._before[0]
+
+    def _train(self, sparse: SparseConfig, steps: int) -> Outcome:
         config = replace(self.config, sparse=replace(sparse, refresh=None), steps=steps, save_steps=0)
         with tempfile.TemporaryDirectory() as folder:
             clock = time.perf_counter()

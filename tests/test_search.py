@@ -84,11 +84,13 @@ def test_halving_keeps_the_better_half_and_finds_the_best():
     assert spent == 4 * 8 + 2 * 16
 
 
-def test_a_round_that_would_be_late_does_not_begin():
-    tries, spent = halved({0.1: 1.0, 0.2: 2.0, 0.3: 3.0, 0.4: 4.0}, auto.Plan(4, 8), deadline=32 + 31.5)
-    assert spent == 32 and max(one.round for one in tries) == 0
-    assert auto.best(tries).sparse.density == 0.1
-    assert halved({0.1: 1.0, 0.2: 2.0, 0.3: 3.0, 0.4: 4.0}, auto.Plan(4, 8), deadline=64.0)[1] == 64
+def test_a_round_that_would_be_late_is_shorter_or_does_not_begin():
+    losses = {0.1: 1.0, 0.2: 2.0, 0.3: 3.0, 0.4: 4.0}
+    for late, steps in ((32.0, 16), (31.5, 15), (18.0, 9), (17.9, None), (0.0, None), (-5.0, None)):
+        tries, spent = halved(losses, auto.Plan(4, 8), deadline=32 + late)
+        assert [one.steps for one in tries if one.round == 1] == ([] if steps is None else [steps, steps])
+        assert spent == 32 + 2 * (steps or 0) and spent <= max(32, 32 + late)
+        assert auto.best(tries).sparse.density == 0.1
 
 
 def test_equal_losses_go_to_the_earlier_setting():
@@ -203,6 +205,62 @@ def test_trials_start_from_the_same_weights_and_repeat(start):
     with pytest.raises(ValueError, match="matches no weight"):  # what fails leaves the model as it was
         trials(replace(trials.config.sparse, include="nothing"), 1)
     assert not selected(trials.model)
+
+
+class Cut(Exception):
+    """Stands for an interruption."""
+
+
+@pytest.mark.parametrize("command", ["auto", "ablate", "sweep"])
+def test_an_interrupted_search_goes_on_where_it_was(start, tmp_path, monkeypatch, command):
+    options = {"auto": ["--minutes", 60, "--settings", 3, "--criterion", "grad", "--criterion", "random",
+                        "--allocation", "layer", "--epochs", 2],
+               "ablate": ["--steps", 2, "--include", "self_attn", "--density", 0.1],
+               "sweep": ["--steps", 2, "--density", 0.1, "--tile-budget", 0.3, "--tile-budget", 0.6, "--tile-budget",
+                         1.0]}[command]  # fmt: skip
+    made: list[int] = []
+    train = Trials._train
+
+    def counted(self, sparse, steps, most):
+        if len(made) == most:
+            raise Cut
+        made.append(steps)
+        return train(self, sparse, steps)
+
+    def go(output: Path, most: int, *more: str):
+        monkeypatch.setattr(Trials, "_train", lambda self, sparse, steps: counted(self, sparse, steps, most))
+        arguments = [command, *common(start, "unused"), *options, "--output", output, *more]
+        return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+    assert go(tmp_path / "whole", 1000).exit_code == 0
+    whole, total = json.loads((tmp_path / "whole" / f"{command}.json").read_text()), len(made)
+    made.clear()
+    assert isinstance(go(tmp_path / "cut", 2).exception, Cut)
+    half = json.loads((tmp_path / "cut" / f"{command}.json").read_text())
+    assert whole["finished"] and not half["finished"]
+    ElementTree.parse(tmp_path / "cut" / f"{command}.svg")
+    with (tmp_path / "cut" / "trials.jsonl").open("a") as file:
+        file.write('{"setting": {"den')  # killed in the middle of a line
+    assert "exists already" in go(tmp_path / "cut", 1000).stderr
+    assert "its trials had seed=0, now it is 1" in go(tmp_path / "cut", 1000, "--resume", "--seed", "1").stderr
+    assert go(tmp_path / "cut", 1000, "--resume").exit_code == 0
+    assert len(made) == total  # none was made twice
+    resumed = json.loads((tmp_path / "cut" / f"{command}.json").read_text())
+
+    def told(report: dict) -> list:
+        rows = next(report[name] for name in ("trials", "groups", "points") if name in report)
+        return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
+
+    assert resumed["finished"] and told(resumed) == told(whole) and resumed.get("chosen") == whole.get("chosen")
+    assert resumed["seconds"] > half["seconds"] > 0
+    again = (tmp_path / "cut" / "trials.jsonl").read_text()
+    assert go(tmp_path / "cut", 0, "--resume").exit_code == 0
+    assert (tmp_path / "cut" / "trials.jsonl").read_text() == again
+
+
+def test_there_must_be_something_to_resume(start, tmp_path):
+    result = CliRunner().invoke(cli.app, ["sweep", *map(str, common(start, "none")), "--resume"])
+    assert result.exit_code == 2 and "holds no trials" in result.stderr
 
 
 def call(*arguments: object) -> str:

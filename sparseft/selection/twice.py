@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from sparseft.selection.budget import Budget, FlooredTopK, Grid, keep_tiles, mass_of
+from sparseft.selection.heap import HeapTrim
 
 
 class TwiceBudget(Budget):
@@ -38,7 +39,12 @@ class TwiceBudget(Budget):
         chosen = self._free.selected()
         del self._free  # its candidates are no longer needed
         self.free_mass = mass_of(chosen)
-        grids = {name: self._grid(name, *chosen.pop(name)) for name in list(chosen)}
+        grids: dict[str, Grid] = {}
+        heap = HeapTrim()
+        for name in list(chosen):
+            indices, scores = chosen.pop(name)
+            grids[name] = self._grid(name, indices, scores)
+            heap.freed(indices.nbytes + scores.nbytes if indices.is_cpu else 0)
         sure = [(self._sure[name], self._sure_tiles[name]) for name in grids]
         tiles = keep_tiles(list(grids.values()), self._k, round(self._tile_budget * self.tiles), sure)
         self._kept = dict(zip(grids, tiles, strict=True))
@@ -47,7 +53,12 @@ class TwiceBudget(Budget):
 
     def _finish(self) -> None:
         chosen = self._inside.selected()
+        del self._inside  # its candidates are no longer needed
         self.mass = mass_of(chosen)
-        for name, (found, _) in chosen.items():
-            grid = self._grids[name]
-            self.patterns[name] = grid.pattern(grid.positions(self._kept[name], found.device)[found])
+        heap = HeapTrim()
+        for name in list(chosen):  # one after the other, so that little is held twice
+            found, _ = chosen.pop(name)
+            grid, keep = self._grids.pop(name), self._kept.pop(name)
+            inside = grid.positions(keep, found.device)
+            self.patterns[name] = grid.pattern(inside[found])
+            heap.freed(inside.nbytes if inside.is_cpu else 0)
