@@ -74,7 +74,7 @@ def unpack(sdist: Path) -> Path:
     with tarfile.open(sdist) as archive:
         archive.extractall(fresh, filter="data")
     (content,) = fresh.iterdir()
-    if source.exists() and _digest(source / "csrc") == _digest(content / "csrc"):
+    if (source / "build").exists() and _digest(source / "csrc") == _digest(content / "csrc"):
         shutil.move(source / "build", content / "build")
     shutil.rmtree(source, ignore_errors=True)
     shutil.move(content, source)

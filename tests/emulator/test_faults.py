@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,19 @@ def test_every_barrier_wait_and_atomic_is_needed(emulator):
     assert not missed, f"nothing was noticed without: {missed}"
 
 
+def replaced(file: str, *changes: tuple[str, str]) -> Callable[[Path, str], str]:
+    """For `build`: a source with parts of its text replaced."""
+
+    def edit(path: Path, text: str) -> str:
+        if path.name == file:
+            for right, wrong in changes:
+                assert right in text, f"{file} changed: {right!r} is not there any more"
+                text = text.replace(right, wrong)
+        return text
+
+    return edit
+
+
 FAULTS = {
     "swapped index": ("weights.cuh", "row[i] * owner.cols + col[i]", "col[i] * owner.cols + row[i]", "scatter_delta_"),
     "wrong tail mask": ("masked_grad.cu", "column >= 0 && t0 + t < depth", "column >= 0", "masked_grad_"),
@@ -73,14 +87,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_in_a_source_is_found(fault):
     file, right, wrong, operation = FAULTS[fault]
-
-    def edit(path: Path, text: str) -> str:
-        if path.name != file:
-            return text
-        assert right in text, f"{file} changed: {right!r} is not there any more"
-        return text.replace(right, wrong)
-
-    done = run(build("checked", edit), operation)
+    done = run(build("checked", replaced(file, (right, wrong))), operation)
     print(done.stderr.strip().splitlines()[-1])
     assert done.returncode != 0, f"{fault}: nothing was noticed"
 
@@ -101,15 +108,7 @@ def test_scores_beyond_2_31(fault):
         "where a score lies": ("segment.scores[at + i]", "segment.scores[static_cast<int32_t>(at + i)]"),
         "its position": ("= segment.first + base +", "= segment.first + static_cast<int32_t>(base) +"),
     }
-
-    def edit(path: Path, text: str) -> str:
-        if path.name != "select_topk.cu":
-            return text
-        for right, wrong in (*FAR.items(), faults[fault]):
-            assert right in text, f"select_topk.cu changed: {right!r} is not there any more"
-            text = text.replace(right, wrong)
-        return text
-
+    edit = replaced("select_topk.cu", *FAR.items(), faults[fault])
     done = run(build("checked", edit), "scores_beyond_int32")
     assert (done.returncode == 0) == (fault is None), done.stderr
 
@@ -119,6 +118,19 @@ def test_scores_beyond_2_31(fault):
 def test_sanitizer_finds_nothing(kind):
     done = run(build(kind), *(name for name in PROBES if not name.endswith("beyond_int32")), kind=kind)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "right", "wrong", "message"), [
+    ("thread", "__syncthreads();\n  const int64_t chunk = shared.chunk;", "const int64_t chunk = shared.chunk;",
+     "data race"),
+    ("address", "left = segment.size - at;", "left = segment.size + 1 - at;", "heap-buffer-overflow"),
+])  # fmt: skip
+def test_sanitizer_is_awake(kind, right, wrong, message):
+    """Without this, finding nothing could mean that nothing was looked at."""
+    done = run(build(kind, replaced("select_topk.cu", (right, wrong))), "select_topk", kind=kind)
+    print(next((line for line in done.stderr.splitlines() if message in line), done.stderr[-4000:]))
+    assert done.returncode != 0 and message in done.stderr, done.stderr[-4000:]
 
 
 def run(library: Path, *operations: str, kind: str | None = None) -> subprocess.CompletedProcess:
