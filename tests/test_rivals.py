@@ -2,13 +2,13 @@
 
 | whose | the bug | the test |
 |---|---|---|
-| SpIEL | a bf16 optimizer's entries never grow older | ..._age_in_bf16 |
+| SpIEL | a bf16 optimizer's entries never grow older | ..._age_in_bf16, ..._newcomers_age |
 | LIFT | weight decay acts on a copy: 0 and 10 train alike | ..._weight_decay_acts |
 | LIFT | one step counter: a newcomer's first step is not Adam's first | ..._newcomer |
 | SIFT | the first gradient is thrown away, a step's update reaches the weight one step late | ..._lag |
 | PEFT's SHiRA, Super-Tuning | backward keeps a copy of every weight | ..._no_weight_copies |
 | PEFT's SHiRA, Super-Tuning | merge and unmerge leave other bits | ..._unmerge |
-| spops (RoSA) | 16-bit columns wrap beyond 32767 | ..._wide |
+| spops (RoSA) | 16-bit columns wrap beyond 32767 | ..._wide, ..._wide_weights_move |
 | S2FT | rows are chosen, columns are trained | ..._slice |
 | S2FT | a second backward overwrites the gradient | ..._accumulates |
 | mttl | SNIP without the absolute value | ..._snip |
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from sparseft import Pattern, SparseAdamW, parameters, sparsify
 from sparseft.delta import Delta
 from sparseft.layers import selected
+from sparseft.reselection import reselect
 from tests.tiny import select_entries as select
 
 
@@ -53,6 +54,30 @@ def test_spiel_entries_age_in_bf16():
         optimizer.step()
     assert int(optimizer.state[leaf]["step"]) == 5
     # each step is lr / (1 + eps) in exact arithmetic; fp32 values below 1 round by at most 2^-25 per operation
+    torch.testing.assert_close(start - leaf.detach(), torch.full_like(leaf, 0.05), rtol=1e-4, atol=0)
+
+
+def test_spiel_newcomers_age_in_bf16():
+    """Entries that come at step 300, which bf16 cannot count to, go five times lr in five steps of a constant
+    gradient."""
+    model = linear(6, 5, torch.bfloat16)
+    first = torch.rand(6, 5) < 0.5
+    optimizer = SparseAdamW(sparsify(model, {"0.weight": Pattern.from_mask(first, tile=(8, 8))}), lr=0.01,
+                            density_power=0.0, weight_decay=0.0)  # fmt: skip
+    [leaf] = parameters(model)
+    leaf.grad = torch.zeros_like(leaf)
+    optimizer.step()
+    state = optimizer.state_dict()
+    for saved in state["state"].values():
+        saved["step"] = torch.full_like(saved["step"], 301)
+    optimizer.load_state_dict(state)
+    second = Pattern.from_mask(~first, tile=(8, 8))
+    reselect(model, optimizer, {"0.weight": second})
+    [leaf] = parameters(model)
+    start = leaf.detach().clone()
+    for _ in range(5):
+        leaf.grad = torch.ones_like(leaf)
+        optimizer.step()
     torch.testing.assert_close(start - leaf.detach(), torch.full_like(leaf, 0.05), rtol=1e-4, atol=0)
 
 
@@ -178,6 +203,31 @@ def test_spops_wide_weights_train_where_they_should(shape):
     assert torch.equal((model[0].weight != start).nonzero(), torch.stack([row, col], 1)[(row * m + col).argsort()])
 
 
+@pytest.mark.parametrize("leaving", ["revert", "keep"])
+@pytest.mark.parametrize("shape", [(3, 40009), (40009, 3)])
+def test_spops_wide_weights_move_where_they_should(shape, leaving):
+    n, m = shape
+    far = torch.tensor([5, 32768, 40000, 40008])
+    places = [(torch.full_like(far, i), far) if m > n else (far, torch.full_like(far, i)) for i in (0, 2)]
+    patterns = [{"0.weight": Pattern.from_indices(row * m + col, shape, tile=(16, 64))} for row, col in places]
+    model = linear(n, m)
+    start = model[0].weight.detach().clone()
+    optimizer = SparseAdamW(sparsify(model, patterns[0]), lr=0.1)
+    steps(model, optimizer, [torch.randn(4, m)])
+    reselect(model, optimizer, patterns[1], leaving=leaving)
+    steps(model, optimizer, [torch.randn(4, m)])
+    expected = torch.zeros(shape, dtype=torch.bool)
+    for row, col in places if leaving == "keep" else places[1:]:
+        expected[row, col] = True
+    assert torch.equal(model[0].weight != start, expected)
+    delta = Delta.from_model(model)
+    plain = linear(n, m)
+    with torch.no_grad():
+        plain[0].weight.copy_(model[0].weight)
+    delta.revert_(plain)
+    assert torch.equal(plain[0].weight, start)
+
+
 @pytest.mark.parametrize("structure", ["rows", "columns"])
 def test_s2ft_the_chosen_slice_is_the_trained_one(structure):
     """A matrix that is not square, and whose largest row and column differ."""
@@ -243,5 +293,6 @@ def test_spiel_every_batch_has_a_say(memory):
 
 
 def test_the_table_names_its_tests():
-    told = [line.split("|")[3].strip() for line in __doc__.splitlines() if line.startswith("|") and "..." in line]
+    cells = [line.split("|")[3].strip() for line in __doc__.splitlines() if line.startswith("|") and "..." in line]
+    told = [part for cell in cells for part in cell.split(", ")]
     assert told and all(any(part[4:] in name for name in globals() if name.startswith("test_")) for part in told)
