@@ -1,6 +1,6 @@
 """RMSNorm that keeps nothing for the backward pass but its input and 1/rms.
 
-Written out in torch operations, as in `transformers`, a norm whose weight trains keeps its normalised input as well: one
+Written out in torch operations, as in `transformers`, a norm whose weight trains keeps its normalised input, too: one
 more activation for each norm. `lean_norms` lets the norms of a model that compute exactly that formula compute it here.
 """
 

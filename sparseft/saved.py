@@ -1,4 +1,4 @@
-"""What sparse layers save of their input for the backward pass: what it can be computed from again, where autograd keeps
+"""What sparse layers save of their input for the backward pass: what it is computed from again, where autograd keeps
 that anyway; else the columns that some entry needs. Either only once for all layers that read the same input."""
 
 import weakref

@@ -1,0 +1,139 @@
+"""Lean RMSNorms: the plain norm's bits forward, exact gradients, nothing kept but the input and 1/rms."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from sparseft import Pattern, densify, sparsify
+from sparseft.norms import LeanRMSNorm, lean_norms
+from sparseft.recompute import source
+
+from . import tiny
+
+
+class OtherRMSNorm(LlamaRMSNorm):
+    """Gemma's formula."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return (1 + self.weight) * (super().forward(hidden_states) / self.weight)
+
+
+def pair(dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    plain = LlamaRMSNorm(37, eps=1e-5).to(dtype)
+    nn.init.normal_(plain.weight)
+    lean = copy.deepcopy(plain)
+    lean_norms(lean)
+    assert type(lean) is LeanRMSNorm
+    return plain, lean
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_same_bits_forward_and_exact_gradients(dtype):
+    plain, lean = pair(dtype)
+    x = torch.randn(3, 5, 37).to(dtype).requires_grad_()
+    up = torch.randn(3, 5, 37).to(dtype)
+    assert torch.equal(plain(x), lean(x))
+    found = torch.autograd.grad(lean(x), (x, lean.weight), up)
+    wide, weight = x.detach().double().requires_grad_(), plain.weight.detach().double().requires_grad_()
+    oracle = weight * wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    expected = torch.autograd.grad(oracle, (wide, weight), up.double())
+    # fp32 inside: sums of 37 and of 15 terms, each within eps; then one rounding to the dtype
+    rounding = torch.finfo(dtype).eps + 40 * torch.finfo(torch.float32).eps
+    for got, want in zip(found, expected, strict=True):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), want, rtol=rounding, atol=rounding * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("norm", [OtherRMSNorm(8), nn.RMSNorm(8), nn.LayerNorm(8)], ids=lambda n: type(n).__name__)
+def test_norms_of_another_formula_stay(norm):
+    if isinstance(norm, nn.RMSNorm):
+        norm = norm.to(torch.bfloat16)  # it multiplies before it rounds
+    before = type(norm)
+    lean_norms(norm)
+    assert type(norm) is before
+
+
+def sparse_llama() -> tuple[nn.Module, nn.Module]:
+    """Equal models, norms trained: sparse, and plain."""
+    plain = tiny.llama()
+    model = copy.deepcopy(plain)
+    masks = {name: torch.rand(p.shape) < (1.1 if p.dim() == 1 else 0.2)
+             for name, p in model.named_parameters() if ".layers." in name}  # fmt: skip
+    return sparsify(model, {name: Pattern.from_mask(mask, tile=(8, 8)) for name, mask in masks.items()}), plain
+
+
+def kept(loss: Tensor, model: nn.Module) -> dict[int, int]:
+    """Address -> bytes of what a graph keeps, without the model's own tensors."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    todo, nodes, found = [loss.grad_fn], set(), {}
+    while todo:
+        node = todo.pop()
+        if node is None or node in nodes:
+            continue
+        nodes.add(node)
+        todo += [following for following, _ in node.next_functions]
+        saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        for tensor in (*saved, *getattr(node, "saved_tensors", ())):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return {address: size for address, size in found.items() if address not in own}
+
+
+def test_a_sparse_model_keeps_what_a_frozen_one_keeps():
+    model, plain = sparse_llama()
+    ids = torch.randint(4, 50, (2, 16))
+    plain.requires_grad_(False)
+    plain.get_input_embeddings().register_forward_hook(lambda *io: io[2].requires_grad_())
+    model.get_input_embeddings().register_forward_hook(lambda *io: io[2].requires_grad_())
+    floor = kept(plain(input_ids=ids, labels=ids).loss, plain)
+    assert sum(kept(model(input_ids=ids, labels=ids).loss, model).values()) == sum(floor.values())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_are_those_from_saved_columns(autocast):
+    model, _ = sparse_llama()
+    ids = torch.randint(4, 50, (2, 16))
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):  # nothing is asked: columns are saved
+        expected = gradients()
+    found = gradients()
+    assert len(found) == len(expected) > 10 and all(map(torch.equal, found, expected))
+
+
+def test_who_is_asked():
+    _, lean = pair(torch.float32)
+    x, other = torch.randn(5, 37, requires_grad=True), torch.randn(5, 37, requires_grad=True)
+    assert source(lean(x)) is not None and source(x * other) is not None
+    assert source(x * other[:1]) is None and source(2 * x) is None and source(x) is None and source(x + other) is None
+    with torch.autograd.graph.save_on_cpu():
+        assert source(x * other) is None
+
+
+def test_back_and_copies():
+    model, plain = sparse_llama()
+    ids = torch.randint(4, 50, (2, 16))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert any(isinstance(module, LeanRMSNorm) for module in other.modules())
+        assert torch.equal(other(input_ids=ids).logits, plain(input_ids=ids).logits)
+    densify(model)
+    assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
+
+
+def test_compiles():
+    _, lean = pair(torch.float32)
+    x = torch.randn(4, 37, requires_grad=True)
+    lean(x).sum().backward()
+    expected, x.grad = x.grad, None
+    torch.compile(lean, backend="aot_eager", fullgraph=True)(x).sum().backward()
+    torch.testing.assert_close(x.grad, expected)
