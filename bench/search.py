@@ -93,17 +93,22 @@ def worth(task: Task, chosen: dict[str, Any], default: dict[str, Any], rate: flo
     like = {field: found["auto"][field] for field in ("task", "role", "seed", "steps", "batch", "dtype", "rows")}
     peers = [row for row in (*study, *store.rows()) if row["method"] == "sparse" and row["status"] == "ok"
              and all(row.get(field) == value for field, value in like.items())]  # fmt: skip
-    found["best"] = max(peers, key=lambda row: row["validation_accuracy"])
+    for name, rows in (("best", peers), ("best_at_rate", [row for row in peers if row["rate"] == rate])):
+        found[name] = max(rows, key=lambda row: row["validation_accuracy"])
     kept = ("variant", "options", "rate", "steps", "batch", "seed", "dtype", "trained_values", "validation_accuracy",
             "validation_loss", "rows", "commit")  # fmt: skip
-    for name in ("default", "auto", "best"):
+    for name in ("default", "auto", "best", "best_at_rate"):
         found[name] = {field: found[name][field] for field in kept}
         row = found[name]
-        print(f"{name:8} {row['validation_accuracy']:.1%}, loss {row['validation_loss']:.3f} ({row['variant']} at "
+        print(f"{name:12} {row['validation_accuracy']:.1%}, loss {row['validation_loss']:.3f} ({row['variant']} at "
               f"{row['rate']:g}: {row['options']})", flush=True)  # fmt: skip
-    points = 100 * (found["best"]["validation_accuracy"] - found["auto"]["validation_accuracy"])
-    print(f"auto's choice is {points:.1f} points below the best of {len(peers)} sparse runs (<= 1)")
-    return {**found, "points_below_best": points, "compared": len(peers)}
+    points = {name: 100 * (found[name]["validation_accuracy"] - found["auto"]["validation_accuracy"])
+              for name in ("best", "best_at_rate")}  # fmt: skip
+    print(
+        f"auto's choice is {points['best']:.1f} points below the best of {len(peers)} sparse runs, "
+        f"{points['best_at_rate']:.1f} below the best at its rate, which auto does not choose (<= 1)"
+    )
+    return {**found, "points_below": points, "compared": len(peers)}
 
 
 def _known(rows: list[Row], run: Run) -> Row | None:
