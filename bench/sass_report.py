@@ -6,6 +6,8 @@ No expectation is a figure that a compiler once gave; each follows from the sour
 
 - No stack, no local memory: nothing spills, no array in registers is indexed at run time.
 - Registers: as many blocks as the kernel's __launch_bounds__ asks for fit a multiprocessor's 65,536 registers.
+  Where it asks for one (masked_grad by whole tiles, fp32 and fp64) this cannot fail: there the line above alone counts.
+  How many blocks would be fastest is for a GPU to say.
 - Accesses of 16 bytes: one for each 16 bytes of each stream that a thread reads or writes per turn.
 - Tensor cores: one instruction for each 16 x 8 product of a warp's share of the tile; they accumulate in registers, so
   that these loops are always unrolled. The same for the multiplications of the ordinary cores.

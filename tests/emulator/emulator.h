@@ -151,8 +151,9 @@ EMULATOR_INLINE V load(const V* from) {
   return value;
 }
 
+// By value: where it comes from memory, the kernel reads it there, under the checks.
 template <typename V>
-EMULATOR_INLINE void store(V* to, const V& value) {
+EMULATOR_INLINE void store(V* to, V value) {
   emulator::write(to, &value, sizeof(V), alignof(V));
 }
 
