@@ -45,7 +45,7 @@ FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 TILES = {  # what masked_grad is compiled for; 64 x 64 is the default
     "fp32": ((64, 64), (128, 128), (128, 16), (16, 16)),
     "bf16": ((64, 64), (128, 128), (128, 16), (16, 16)),
-    "fp16": ((64, 64),),
+    "fp16": ((64, 64), (128, 128)),
     "fp64": ((64, 64), (128, 128)),
 }
 MUST_HAVE = {  # instructions without which a kernel is not the one that was meant
@@ -66,7 +66,9 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     for name, dtype in FLOATS.items():
         for tile in TILES[name]:
             yield f"{name} {tile[0]}x{tile[1]}", partial(_masked_grad, dtype, tile)
+        yield f"{name} 64x64 first", partial(_masked_grad, dtype, (64, 64), accumulate=False)
         yield f"{name} panels", partial(_masked_grad, dtype, (64, 64), variant="panels")
+        yield f"{name} panels first", partial(_masked_grad, dtype, (64, 64), variant="panels", accumulate=False)
         for mode in ("add", "copy", "swap"):
             yield f"{name} {mode}", partial(_scatter_delta, dtype, mode)
         yield name, partial(_sparse_adamw, dtype)
@@ -74,6 +76,8 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"{name} no masters", partial(_sparse_adamw, dtype, seed=7)
         for score in ("abs", "product"):
             yield f"{name} {score}", partial(_select_topk, dtype, score)
+    for variant in ("tiles", "panels"):
+        yield f"tf32 {variant}", partial(_masked_grad, torch.float32, (64, 64), variant=variant, tf32=True)
     for operation in (_odd_masked_grad, _odd_entries, _odd_select_topk):
         yield ODD, operation
 
@@ -86,10 +90,13 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _masked_grad(dtype: torch.dtype, tile: tuple[int, int], variant: str = "tiles") -> None:
+def _masked_grad(
+    dtype: torch.dtype, tile: tuple[int, int], variant: str = "tiles", accumulate: bool = True, tf32: bool = False
+) -> None:
     layout, operand = _layout(tile), torch.zeros(512, 256, dtype=dtype)
     out = torch.zeros(len(layout.local), dtype=_wide(dtype))
-    masked_grad.masked_grad_(out, operand, operand, *layout, True, variant=variant)
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    masked_grad.masked_grad_(out, operand, operand, *layout, accumulate, variant=variant)
 
 
 def _scatter_delta(dtype: torch.dtype, mode: str) -> None:
