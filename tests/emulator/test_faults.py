@@ -130,7 +130,7 @@ def test_sanitizer_finds_nothing(kind):
     ("thread", "__syncthreads();\n  const int64_t chunk = shared.chunk;", "const int64_t chunk = shared.chunk;",
      "data race"),
     ("address", "left = segment.size - at;", "left = segment.size + 1 - at;", "heap-buffer-overflow"),
-])  # fmt: skip
+], ids=["thread", "address"])  # fmt: skip
 def test_sanitizer_is_awake(kind, right, wrong, message):
     """Without this, finding nothing could mean that nothing was looked at."""
     done = run(build(kind, replaced("select_topk.cu", (right, wrong))), "select_topk", kind=kind)
