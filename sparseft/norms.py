@@ -89,17 +89,22 @@ def _epsilon(module: nn.Module) -> float | None:
 
 @torch.no_grad()
 def _same_formula(module: nn.Module, eps: float) -> bool:
-    """Whether the module's own forward gives the same bits, of a random weight and random rows of three magnitudes, the
-    smallest near the square root of eps."""
+    """Whether the module's own forward gives the same bits: a random weight, random rows of three dtypes and three
+    magnitudes, the smallest near the square root of eps."""
     weight = module.get_parameter("weight")
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 5, len(weight), generator=generator) * torch.tensor([eps**0.5, 1.0, 30.0]).view(3, 1, 1)
-    x = x.to(weight.device, weight.dtype)
+    scale = torch.tensor([eps**0.5, 1.0, 30.0], device="cpu").view(3, 1, 1)
+    x = scale * torch.randn(3, 5, len(weight), generator=generator, device="cpu")
     probe = copy.copy(module)
-    probe._parameters = {"weight": nn.Parameter(torch.randn(len(weight), generator=generator).to(weight))}
-    try:
-        theirs = type(module).forward(probe, x)
-    except (RuntimeError, ValueError, TypeError, IndexError):  # it wants other shapes
-        return False
-    ours = RMSNorm.apply(x, probe.weight, eps)
-    return isinstance(theirs, Tensor) and theirs.dtype == ours.dtype and torch.equal(theirs, ours)
+    random = torch.randn(len(weight), generator=generator, device="cpu")
+    probe._parameters = {"weight": nn.Parameter(random.to(weight))}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):  # autocast brings others than the weight's
+        rows = x.to(weight.device, dtype)
+        try:
+            theirs = type(module).forward(probe, rows)
+        except Exception:  # somebody else's code, which may want other shapes: whatever it raises, it stays
+            return False
+        ours = RMSNorm.apply(rows, probe.weight, eps)
+        if not (isinstance(theirs, Tensor) and theirs.dtype == ours.dtype and torch.equal(theirs, ours)):
+            return False
+    return True

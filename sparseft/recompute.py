@@ -6,6 +6,7 @@ that made the input: then the layer has nothing of its own to keep. Bit for bit 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +26,10 @@ class Recompute:
 
     def __call__(self, *kept: Tensor) -> Tensor:
         """[U, T] in the dtype that the layers compute in; `kept` as from `source`."""
-        if self._columns is None:
-            self._columns = self._formula(self._chosen, *kept).to(self._dtype)
-            self._waiting = self.readers
         found = self._columns
+        if found is None:
+            self._columns = found = self._formula(self._chosen, *kept).to(self._dtype)
+            self._waiting = self.readers
         self._waiting -= 1
         if self._waiting == 0:
             self._columns = None
@@ -38,12 +39,24 @@ class Recompute:
 def source(input: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]] | None:
     """Who can compute the columns of `input` [..., K] again, and from which saved tensors; None if nobody can.
 
-    Asks the operation that made the input. Where hooks on saved tensors are active (checkpointing, offloading), what it
-    saved is somewhere else, and nobody is asked.
+    Asks the operation that made the input, unless the input was changed since (a write to its `.data` goes unnoticed)
+    or hooks on saved tensors are active: then what it saved is somewhere else.
     """
     node = input.grad_fn
-    if node is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if node is None or input._version or hooks_are_active():
         return None
+    try:
+        return _saved_by(node, input)
+    except RuntimeError:  # its graph is freed, or what it saved was changed
+        return None
+
+
+def hooks_are_active() -> bool:
+    """Whether saved tensors go through hooks: checkpointing, offloading."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _saved_by(node: Any, input: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]] | None:
     if isinstance(node, RMSNorm._backward_cls):
         return _of_norm, node.saved_tensors
     if node.name() == "MulBackward0":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparseft.recompute import Recompute, columns, source
+from sparseft.recompute import Recompute, columns, hooks_are_active, source
 
 # Children of one module that are applied to the same tensor, by the names that model families give them. Where a model
 # applies them to different tensors, each saves its own: the names decide what is saved, never what is computed.
@@ -73,6 +73,8 @@ class SharedInput:
         if number is None or self._union is None:  # not one of them: a replica, which shares its original's attributes
             return None, input_order(layer)
         last = self._last
+        if last is not None and last[3].recompute is not None and hooks_are_active():
+            last = None  # a checkpoint around this layer alone: what it saves must be the same when it runs again
         if last is None or last[0]() is not input or last[1:3] != (_version(input), x.dtype) or number in self._served:
             saved = self._saved(input, x)
             if saved is None:

@@ -6,9 +6,11 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from sparseft import Pattern, densify, sparsify
+from sparseft.layers import selected
 from sparseft.norms import LeanRMSNorm, lean_norms
 from sparseft.recompute import source
 
@@ -20,6 +22,20 @@ class OtherRMSNorm(LlamaRMSNorm):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return (1 + self.weight) * (super().forward(hidden_states) / self.weight)
+
+
+class OlmoRMSNorm(LlamaRMSNorm):
+    """Rounds after the weight: differs from Llama's only where x is narrower than the weight."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.float()
+        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (self.weight * normed).to(hidden_states.dtype)
+
+
+class ChoosyRMSNorm(LlamaRMSNorm):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        raise AssertionError("no such shape here")
 
 
 def pair(dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
@@ -50,8 +66,8 @@ def test_same_bits_forward_and_exact_gradients(dtype):
 
 @pytest.mark.parametrize(
     "norm",
-    [OtherRMSNorm(8), nn.RMSNorm(8), nn.LayerNorm(8), LlamaRMSNorm(8).double()],
-    ids=["gemma", "torch", "layer", "fp64"],
+    [OtherRMSNorm(8), OlmoRMSNorm(8), ChoosyRMSNorm(8), nn.RMSNorm(8), nn.LayerNorm(8), LlamaRMSNorm(8).double()],
+    ids=["gemma", "olmo", "choosy", "torch", "layer", "fp64"],
 )
 def test_norms_of_another_formula_stay(norm):
     if isinstance(norm, nn.RMSNorm):
@@ -122,6 +138,87 @@ def test_who_is_asked():
     assert source(x * other[:1]) is None and source(2 * x) is None and source(x) is None and source(x + other) is None
     with torch.autograd.graph.save_on_cpu():
         assert source(x * other) is None
+
+
+def test_a_freed_graph_and_a_changed_input_are_not_asked():
+    _, lean = pair(torch.float32)
+    x = torch.randn(5, 37, requires_grad=True)
+    h = lean(x)
+    h.sum().backward()
+    assert source(h) is None
+    h = lean(x)
+    with torch.no_grad():
+        h[:, 3] = 7
+    assert source(h) is None
+
+
+class Block(nn.Module):
+    """A norm, three layers that read it, and a gated product with one that reads that."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = LlamaRMSNorm(24, 1e-5)
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(24, 16), nn.Linear(24, 16), nn.Linear(24, 16)
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(24, 32), nn.Linear(24, 32), nn.Linear(32, 24)
+
+
+def attention(block: Block, h: Tensor) -> Tensor:
+    return block.q_proj(h).sin().sum() + block.k_proj(h).cos().sum() + block.v_proj(h).square().sum()
+
+
+def norm_changed(block: Block, x: Tensor) -> Tensor:
+    h = block.norm(x)
+    with torch.no_grad():
+        h[:, 3:9] *= 3
+    return attention(block, h)
+
+
+def product_changed(block: Block, x: Tensor) -> Tensor:
+    h = block.norm(x)
+    gated = block.gate_proj(h).sigmoid() * block.up_proj(h)
+    with torch.no_grad():
+        gated.mul_(3)
+    return block.down_proj(gated).square().sum()
+
+
+def one_checkpointed(block: Block, x: Tensor) -> Tensor:
+    h = block.norm(x)
+    k = checkpoint(block.k_proj, h, use_reentrant=False)
+    return block.q_proj(h).sin().sum() + k.cos().sum() + block.v_proj(h).square().sum()
+
+
+def second_checkpointed(block: Block, x: Tensor) -> Tensor:
+    h = block.norm(x)
+    q = block.q_proj(h).sin().sum()
+    return q + checkpoint(block.k_proj, h, use_reentrant=False).cos().sum() + block.v_proj(h).square().sum()
+
+
+@pytest.mark.parametrize("loss", [norm_changed, product_changed, one_checkpointed, second_checkpointed])
+def test_gradients_are_the_plain_ones_entries(loss):
+    plain = Block()
+    nn.init.normal_(plain.norm.weight)
+    model = copy.deepcopy(plain)
+    masks = {name: torch.rand(p.shape) < (2 if p.dim() == 1 else 0.3) for name, p in model.named_parameters()
+             if not name.endswith("bias")}  # fmt: skip
+    sparsify(model, {name: Pattern.from_mask(mask, tile=(8, 8)) for name, mask in masks.items()})
+    x = torch.randn(5, 24)
+    loss(plain, x).backward()
+    loss(model, x).backward()
+    for name, chosen in selected(model).items():
+        dense = plain.get_parameter(name).grad
+        if dense is not None:
+            # fp32 sums of 5 and of 24 terms, in another order
+            expected = chosen.pattern.gather(dense)
+            torch.testing.assert_close(
+                chosen.values.grad, expected, rtol=1e-5, atol=40 * 2**-24 * float(dense.abs().max())
+            )
+
+
+def test_a_meta_default_device_is_no_hindrance():
+    plain = LlamaRMSNorm(8)
+    with torch.device("meta"):
+        lean_norms(plain)
+    assert type(plain) is LeanRMSNorm
 
 
 def test_back_and_copies():
