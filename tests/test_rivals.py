@@ -57,6 +57,18 @@ def test_spiel_entries_age_in_bf16():
     torch.testing.assert_close(start - leaf.detach(), torch.full_like(leaf, 0.05), rtol=1e-4, atol=0)
 
 
+def idle_until(optimizer: SparseAdamW, step: int) -> dict:
+    """The optimizer's state after one step without a gradient, its counters set to `step`."""
+    for group in optimizer.param_groups:
+        for leaf in group["params"]:
+            leaf.grad = torch.zeros_like(leaf)
+    optimizer.step()
+    state = optimizer.state_dict()
+    for saved in state["state"].values():
+        saved["step"] = torch.full_like(saved["step"], step)
+    return state
+
+
 def test_spiel_newcomers_age_in_bf16():
     """Entries that come at step 300, which bf16 cannot count to, go five times lr in five steps of a constant
     gradient."""
@@ -64,12 +76,7 @@ def test_spiel_newcomers_age_in_bf16():
     first = torch.rand(6, 5) < 0.5
     optimizer = SparseAdamW(sparsify(model, {"0.weight": Pattern.from_mask(first, tile=(8, 8))}), lr=0.01,
                             density_power=0.0, weight_decay=0.0)  # fmt: skip
-    [leaf] = parameters(model)
-    leaf.grad = torch.zeros_like(leaf)
-    optimizer.step()
-    state = optimizer.state_dict()
-    for saved in state["state"].values():
-        saved["step"] = torch.full_like(saved["step"], 301)
+    state = idle_until(optimizer, 301)
     optimizer.load_state_dict(state)
     second = Pattern.from_mask(~first, tile=(8, 8))
     reselect(model, optimizer, {"0.weight": second})
@@ -102,11 +109,7 @@ def test_lift_a_newcomers_first_step_is_adams_first():
         sparsify(model, some(6, 5)), lr=0.01, density_power=0.0, betas=(0.9, 0.95), weight_decay=0.0
     )
     [leaf] = parameters(model)
-    leaf.grad = torch.zeros_like(leaf)
-    optimizer.step()
-    state = optimizer.state_dict()
-    for saved in state["state"].values():
-        saved["step"] = torch.full_like(saved["step"], 399)
+    state = idle_until(optimizer, 399)
     newcomers = torch.rand(len(leaf)) < 0.5
     for saved in state["sparse"].values():
         saved["born"] = torch.where(newcomers, 399, 0).to(torch.int32)
