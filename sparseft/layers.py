@@ -4,8 +4,8 @@
 `weight`, same state_dict. The weight stops requiring a gradient and always holds the current values, so the
 forward pass is the plain dense one; a new leaf `values` (fp32, one value per selected entry, not in the
 state_dict) takes its place for autograd, the optimizer, clipping and schedulers. Embeddings of which a few rows are
-selected, tied output heads included, do the same. Any other selected parameter (3-D experts, other tied weights) keeps
-its dense gradient for the moment in which it is gathered.
+selected, tied output heads included, do the same, and RMSNorms that train whole. Any other selected parameter (3-D
+experts, other tied weights, biases) keeps its dense gradient for the moment in which it is gathered.
 """
 
 from collections.abc import Iterator
@@ -232,7 +232,11 @@ def exchange_entries_(
         if isinstance(holder, _Swapped) and name == "weight":
             holder._tile = pattern.tile
     setattr(module, _stem(name) + "base", base)
-    module._sparseft[name] |= {"tile": pattern.tile, "left": left}
+    about = module._sparseft[name]
+    about |= {"tile": pattern.tile, "left": left}
+    if isinstance(module, LeanRMSNorm) and not about["gathers"] and not _is_all(pattern):
+        _let_gather(module, name)
+        bind(module, name)
     leaf = chosen.values
     leaf.grad = None
     if leaf.shape != values.shape:
@@ -331,8 +335,7 @@ def bind(module: nn.Module, name: str) -> None:
     """Tie the leaf of `module`'s parameter `name` to its weight (again after a copy: it loses attributes and hooks)."""
     weight, values = getattr(module, name), getattr(module, _stem(name) + "values")
     values._sparseft_owner = (module, name)
-    computed_sparsely = hasattr(module, "_tile") and name == "weight"  # also inside `computing_densely`
-    if not computed_sparsely and not _gather_hooks(weight):
+    if module._sparseft[name]["gathers"] and not _gather_hooks(weight):
         weight.register_post_accumulate_grad_hook(_Gather(module, name))
 
 
@@ -447,8 +450,6 @@ def _attach(
     sparse_class, tied = _sparse_class(module, name, pattern, others, own_head)
     if sparse_class is not None:
         _swap(module, sparse_class, pattern.tile)
-    else:
-        weight.requires_grad_(True)
     handles = [  # partials of plain functions: a sparsified model can be pickled
         module.register_state_dict_post_hook(partial(_leave_out, stem + "values")),
         module.register_load_state_dict_pre_hook(partial(_not_missing, stem + "values")),
@@ -456,11 +457,21 @@ def _attach(
     ]
     for head in tied:
         handles += _attach_tied(head, pattern, values)
-    if sparse_class is None:  # a copy's parameters have lost their hooks, its modules have not
-        handles.append(module.register_forward_pre_hook(partial(_bind_again, name)))
-    module._sparseft[name] = {"tile": pattern.tile, "left": None, "handles": handles, "tied": tied}
+    about = {"tile": pattern.tile, "left": None, "gathers": False, "handles": handles, "tied": tied}
+    module._sparseft[name] = about
+    if sparse_class is None and not (isinstance(module, LeanRMSNorm) and not others and _is_all(pattern)):
+        _let_gather(module, name)
     bind(module, name)
     _install_write_back()
+
+
+def _let_gather(module: nn.Module, name: str) -> None:
+    """Let a weight have a dense gradient, of which a hook moves the entries to the leaf."""
+    about = module._sparseft[name]
+    about["gathers"] = True
+    # a copy's parameters have lost their hooks, its modules have not
+    about["handles"].append(module.register_forward_pre_hook(partial(_bind_again, name)))
+    getattr(module, name).requires_grad_(True)
 
 
 def _attach_tied(head: nn.Module, pattern: Pattern, values: nn.Parameter) -> list[Any]:
@@ -503,6 +514,12 @@ def _sparse_class(
 
         return SparseConv1D, []
     return None, []
+
+
+def _is_all(pattern: Pattern) -> bool:
+    """Whether these are all entries of a weight, in its order."""
+    number = pattern.shape[0] * pattern.shape[1]
+    return len(pattern) == number and torch.equal(pattern.indices(), torch.arange(number, device=pattern.local.device))
 
 
 def _has_attributes(module: nn.Module) -> bool:

@@ -42,16 +42,36 @@ class RMSNorm(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
+class OfLeaf(torch.autograd.Function):
+    """A weight that is the gradient's way to its leaf: `values` holds all of it, in its order, in its own dtype."""
+
+    @staticmethod
+    def forward(ctx, values, weight):
+        ctx.dtype = values.dtype
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad_weight):
+        return grad_weight.to(ctx.dtype), None
+
+
 class LeanRMSNorm(nn.Module):
-    """Takes the class of a norm for as long as the model is sparsified: same object, same weight, same numbers."""
+    """Takes the class of a norm for as long as the model is sparsified: same object, same weight, same numbers.
+
+    Where all of the weight trains, its leaf `values` gets the gradient.
+    """
 
     weight: nn.Parameter
+    values: nn.Parameter
     plain: type[nn.Module]
     _eps: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """x [..., K] -> the plain norm's output, bit for bit."""
-        return RMSNorm.apply(hidden_states, self.weight, self._eps)
+        weight: Tensor = self.weight
+        if "values" in self._parameters and not weight.requires_grad:  # with a gradient of its own, a hook moves that
+            weight = OfLeaf.apply(self.values, weight)
+        return RMSNorm.apply(hidden_states, weight, self._eps)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self._eps}"

@@ -621,15 +621,22 @@ def test_a_sparsify_that_fails_changes_nothing():
 def _train_on_rank(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 2))
-    patterns = {name: Pattern.from_mask(torch.rand(p.shape) < 0.4, tile=(4, 4))
-                for name, p in model.named_parameters() if p.dim() == 2}  # fmt: skip
+    model = llama()
+    plain = copy.deepcopy(model)
+    patterns = patterns_for(model) | {name: Pattern.from_mask(torch.ones(p.shape, dtype=torch.bool))
+                                      for name, p in model.named_parameters() if "norm" in name}  # fmt: skip
+    del patterns["model.embed_tokens.weight"]  # would be gathered: the last test of this file
     parallel = nn.parallel.DistributedDataParallel(sparsify(model, patterns))
     optimizer = SparseAdamW(model, lr=1e-2)
-    data = torch.randn(2, 3, 5, 8)  # rank, step, rows
-    for x in data[rank]:
+    data = torch.randint(50, (3, 2, 4, 5))  # step, rank, rows
+    for step, ids in enumerate(data):
         optimizer.zero_grad()
-        parallel(x).square().mean().backward()
+        parallel(input_ids=ids[rank], labels=ids[rank]).loss.backward()
+        if step == 0:  # the average over the ranks is the gradient of all rows
+            plain(input_ids=ids.flatten(0, 1), labels=ids.flatten(0, 1)).loss.backward()
+            for name, chosen in selected(model).items():
+                expected = chosen.pattern.gather(plain.get_parameter(name).grad)
+                torch.testing.assert_close(chosen.values.grad, expected, rtol=1e-4, atol=1e-6)
         optimizer.step()
     torch.save(model.state_dict(), f"{folder}/{rank}.pt")
     with pytest.raises(ValueError, match="drop-in"):

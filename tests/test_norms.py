@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from sparseft import Pattern, densify, sparsify
+from sparseft import Pattern, densify, reselect, sparsify
 from sparseft.layers import selected
 from sparseft.norms import LeanRMSNorm, lean_norms
 from sparseft.recompute import source
@@ -231,6 +231,46 @@ def test_back_and_copies():
     assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
 
 
+def test_a_whole_norm_trains_through_its_leaf():
+    model, _ = sparse_llama()
+    ids = torch.randint(4, 50, (2, 16))
+    model(input_ids=ids, labels=ids).loss.backward()
+    norms = {name: chosen for name, chosen in selected(model).items() if "norm" in name}
+    assert len(norms) == 4
+    for chosen in norms.values():
+        assert not chosen.weight.requires_grad and chosen.values.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("order", ["some", "all, reversed"])
+def test_a_norm_that_does_not_train_whole_or_not_in_order_gathers(order):
+    plain = nn.Sequential(LlamaRMSNorm(12))
+    model = copy.deepcopy(plain)
+    number = {"some": 5, "all, reversed": 12}[order]
+    mass = torch.arange(12.0) if order != "some" else None  # the heaviest column comes first
+    sparsify(model, {"0.weight": Pattern.from_mask(torch.arange(12) < number, tile=(4, 4), mass=mass)})
+    x, up = torch.randn(7, 12), torch.randn(7, 12)
+    for each in (model, plain):
+        each(x).backward(up)
+    chosen = selected(model)["0.weight"]
+    assert torch.equal(chosen.values.grad, chosen.pattern.gather(plain[0].weight.grad))
+
+
+def test_a_whole_norm_may_lose_entries():
+    plain = nn.Sequential(LlamaRMSNorm(12), nn.Linear(12, 3))
+    model = copy.deepcopy(plain)
+    whole = Pattern.from_mask(torch.ones(12, dtype=torch.bool))
+    sparsify(model, {"0.weight": whole, "1.weight": Pattern.from_mask(torch.rand(3, 12) < 0.5)})
+    fewer = Pattern.from_mask(torch.arange(12) % 2 == 0)
+    reselect(model, None, {"0.weight": fewer})
+    model = copy.deepcopy(model)
+    x, up = torch.randn(7, 12), torch.randn(7, 3)
+    for each in (model, plain):
+        each(x).backward(up)
+    found = selected(model)["0.weight"]
+    assert found.pattern == fewer
+    torch.testing.assert_close(found.values.grad, fewer.gather(plain[0].weight.grad))
+
+
 def test_compiles():
     _, lean = pair(torch.float32)
     x = torch.randn(4, 37, requires_grad=True)
@@ -238,3 +278,14 @@ def test_compiles():
     expected, x.grad = x.grad, None
     torch.compile(lean, backend="aot_eager", fullgraph=True)(x).sum().backward()
     torch.testing.assert_close(x.grad, expected)
+
+
+def test_a_norm_with_a_leaf_compiles():
+    model = nn.Sequential(LlamaRMSNorm(37))
+    sparsify(model, {"0.weight": Pattern.from_mask(torch.ones(37, dtype=torch.bool))})
+    x = torch.randn(4, 37)
+    leaf = selected(model)["0.weight"].values
+    model(x).sum().backward()
+    expected, leaf.grad = leaf.grad, None
+    torch.compile(model, backend="aot_eager", fullgraph=True)(x).sum().backward()
+    torch.testing.assert_close(leaf.grad, expected)
