@@ -79,7 +79,7 @@ CLAIMS: tuple[Variant, ...] = (
     Variant("lora-r8", "lora", {"r": 8}, ADAPTER_RATES),
     Variant("lora-r4", "lora", {"r": 4}, ADAPTER_RATES),  # 1.15 times the values of one per cent
     Variant("shira-r4", "shira", {"r": 4}),
-    variation("sparse-1%-free", tile_budget=1.0),
+    replace(variation("sparse-1%-free", tile_budget=1.0), rates=SHIPPED.rates),  # beside SHIPPED, in tiles
     variation("sparse-as-lora-r8", as_lora=8),
     Variant("shira-r8", "shira", {"r": 8}),
     Variant("supertuning-1%", "supertuning", {"density": 0.01}),

@@ -53,8 +53,8 @@ FULL = Scale("full", steps=120, batch=16, tune_steps=60, rates=3, extensions=1, 
              other_rows=400, hellaswag_rows=400, text_rows=64, seeds=(0, 1, 2), tasks=("banking77", "arc_easy"),
              claims=tuple(v.name for v in CLAIMS),
              tuned=DENSITIES, screen=2, hypotheses=False, time_of="lora-r8")  # fmt: skip
-SMALL_SCALE = Scale("small", steps=24, batch=8, tune_steps=12, rates=2, extensions=0, validation_rows=40, test_rows=100,
-                    other_rows=40, hellaswag_rows=40, text_rows=16, seeds=(0,), tasks=("banking77", "arc_easy"),
+SMALL_SCALE = Scale("small", steps=16, batch=8, tune_steps=8, rates=2, extensions=0, validation_rows=32, test_rows=80,
+                    other_rows=24, hellaswag_rows=24, text_rows=8, seeds=(0,), tasks=("banking77", "arc_easy"),
                     claims=SMALL, tuned=(), screen=0, hypotheses=False, time_of="")  # fmt: skip
 
 
