@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def report(found: Sequence[Ablation], folder: Path, about: Mapping[str, Any]) ->
     """Write what is known `about` the trials and the ranking (ablate.json), and gain over changed weights (ablate.svg),
     into a folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [{"group": one.group, "weights": one.weights, "gain_per_million": one.per_million, **asdict(one.outcome)}
+    rows = [{"group": one.group, "weights": one.weights, "gain_per_million": one.per_million, **one.outcome.figures()}
             for one in found]  # fmt: skip
     write_json(folder / REPORT, {**about, "groups": rows})
     plot.save(folder / PLOT, {one.group: [(one.outcome.changed, one.outcome.gain)] for one in found}, lines=False,

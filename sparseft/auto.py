@@ -3,7 +3,6 @@
 import itertools
 import math
 import random
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ GRID: dict[str, tuple[Any, ...]] = {  # the first values are those that train ha
     "tile_budget": (0.1, 1.0),
 }
 COUNT = 16  # settings that are tried
+CLEAR = 2.0  # standard errors by which a setting has to be better than the first
 PROBE_STEPS = 2  # of the trial that measures the machine's speed
 LEAST_STEPS = 4  # of a first trial: fewer say nothing
 REPORT, PLOT = "auto.json", "auto.svg"
@@ -93,35 +93,40 @@ def plan(count: int, seconds: float, probe: Outcome, most_steps: int) -> Plan:
 
 
 def halve(
-    candidates: Sequence[SparseConfig], made: Plan, trial: Callable[[SparseConfig, int], Outcome], deadline: float,
-    clock: Callable[[], float] = time.perf_counter, tell: Callable[[list[Try]], None] = lambda tries: None,
+    candidates: Sequence[SparseConfig], made: Plan, trial: Callable[[SparseConfig, int], Outcome], seconds: float,
+    most_steps: int, tell: Callable[[list[Try]], None] = lambda tries: None,
 ) -> list[Try]:  # fmt: skip
     """Successive halving (Jamieson & Talwalkar, 2016): train all briefly, keep the better half, train these twice as
-    long from the start, and so on. Equal losses go to the earlier setting.
+    long from the start, and so on. Equal losses go to the earlier setting; the first one stays to the end.
 
-    A round that, by the times of the one before, would end after `deadline` gets fewer steps; if these are no more than
-    those of the round before, it does not begin.
+    The last round has as many steps as the time allows. A round that, by the times of the one before, would take longer
+    than what is left gets fewer steps; if these are no more than those of the round before, it does not begin.
 
     Args:
+        seconds: of all trials together, by their own clocks: a search that goes on later makes the same ones.
+        most_steps: of the last round.
         tell: called with every trial so far, after each.
 
     Returns:
-        Every trial; the best setting is the one with the lowest loss in the last round.
+        Every trial; `best` of them is chosen.
     """
     tries: list[Try] = []
     alive = list(candidates[: made.count])
     for number, (count, steps) in enumerate(made.rounds):
-        alive = alive[:count]
         if number:
             before = [one for one in tries if one.round == number - 1]
-            steps = min(steps, _fitting(before, count, deadline - clock()))
+            left = seconds - sum(one.outcome.seconds(one.steps) for one in tries)
+            last = number == len(made.rounds) - 1
+            steps = min(most_steps if last else steps, _fitting(before, count, left))
             if steps <= before[0].steps:
                 break
+            results = {id(one.sparse): one.outcome.loss for one in before}
+            first, *others = alive
+            others.sort(key=lambda sparse: results[id(sparse)])
+            alive = [first, *others[: count - 1]]
         for sparse in alive:
             tries.append(Try(sparse, number, steps, trial(sparse, steps)))
             tell(tries)
-        results = {id(one.sparse): one.outcome.loss for one in tries if one.round == number}
-        alive.sort(key=lambda sparse: results[id(sparse)])
     return tries
 
 
@@ -133,9 +138,12 @@ def _fitting(before: Sequence[Try], count: int, seconds: float) -> int:
 
 
 def best(tries: Sequence[Try]) -> Try:
-    """The trial with the lowest loss in the last round."""
-    last = max(one.round for one in tries)
-    return min((one for one in tries if one.round == last), key=lambda one: one.outcome.loss)
+    """The trial with the lowest loss in the last round; but the first setting's, if the lead over it is less than CLEAR
+    standard errors: few held-out rows after a short training are no reason to leave it."""
+    last = [one for one in tries if one.round == tries[-1].round]
+    first, lowest = last[0], min(last, key=lambda one: one.outcome.loss)
+    lead, error = lowest.outcome.lead(first.outcome)
+    return lowest if lead > CLEAR * error else first
 
 
 def choose(trials: Trials, minutes: float, grid: Mapping[str, Sequence[Any]] | None = None,
@@ -143,8 +151,7 @@ def choose(trials: Trials, minutes: float, grid: Mapping[str, Sequence[Any]] | N
     """Every trial of a search over `grid` (default GRID) that takes about so many minutes; `best` of them is chosen.
 
     Args:
-        minutes: from now, less what the trials in the journal took; the trial of the base setting that measures the
-            machine's speed is included.
+        minutes: of all trials together, those in the journal and the one that measures the machine's speed included.
         keep: called with every trial so far, after each.
 
     Raises:
@@ -154,13 +161,13 @@ def choose(trials: Trials, minutes: float, grid: Mapping[str, Sequence[Any]] | N
         raise ValueError(f"minutes must be positive, got {minutes}")
     if count < 2:
         raise ValueError(f"count must be at least 2, got {count}")
-    deadline = time.perf_counter() + 60 * minutes - trials.spent
     base = trials.config.sparse
     candidates = settings(base, GRID if grid is None else grid, count, trials.config.seed)
     trials.display.stage(f"Choose among {len(candidates)} settings in {minutes:g} minutes")
     probe = trials(base, PROBE_STEPS)
     most = trials.config.steps or math.ceil(trials.epoch * trials.config.epochs)
-    made = plan(len(candidates), 60 * minutes - probe.seconds(PROBE_STEPS), probe, most)  # when resumed, the same
+    seconds = 60 * minutes - probe.seconds(PROBE_STEPS)
+    made = plan(len(candidates), seconds, probe, most)
     trials.display.note(", then ".join(f"{n} settings for {steps} steps" for n, steps in made.rounds))
 
     def tell(tries: list[Try]) -> None:
@@ -170,7 +177,7 @@ def choose(trials: Trials, minutes: float, grid: Mapping[str, Sequence[Any]] | N
         )
         keep(tries)
 
-    return halve(candidates, made, trials, deadline, tell=tell)
+    return halve(candidates, made, trials, seconds, most, tell)
 
 
 def name(sparse: SparseConfig) -> str:
@@ -183,9 +190,14 @@ def report(tries: Sequence[Try], folder: Path, about: Mapping[str, Any]) -> Path
     folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
     chosen = best(tries)
-    rows = [{"round": one.round, "steps": one.steps, "setting": asdict(one.sparse), **asdict(one.outcome)}
+    rows = [{"round": one.round, "steps": one.steps, "setting": asdict(one.sparse), **one.outcome.figures()}
             for one in tries]  # fmt: skip
-    write_json(folder / REPORT, {**about, "chosen": asdict(chosen.sparse), "loss": chosen.outcome.loss, "trials": rows})
+    first = next(one for one in tries if one.round == chosen.round)
+    leads = [{"setting": name(one.sparse), "lead": lead, "error": error} for one in tries
+             if one.round == chosen.round and one is not first
+             for lead, error in [one.outcome.lead(first.outcome)]]  # fmt: skip
+    write_json(folder / REPORT, {**about, "chosen": asdict(chosen.sparse), "loss": chosen.outcome.loss,
+                                 "leads_over_the_first": leads, "trials": rows})  # fmt: skip
     series: dict[str, list[tuple[float, float]]] = {}
     for one in sorted(tries, key=lambda one: one.sparse != chosen.sparse):  # the chosen one first
         series.setdefault(name(one.sparse), []).append((one.steps, one.outcome.loss))

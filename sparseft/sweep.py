@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def report(found: Sequence[Point], folder: Path, about: Mapping[str, Any]) -> Pa
     """Write what is known `about` the trials and the points (sweep.json), and loss over seconds per step (sweep.svg),
     into a folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [{"density": p.density, "tile_budget": p.tile_budget, **asdict(p.outcome)} for p in found]
+    rows = [{"density": p.density, "tile_budget": p.tile_budget, **p.outcome.figures()} for p in found]
     write_json(folder / REPORT, {**about, "points": rows})
     series: dict[str, list[tuple[float, float]]] = {}
     for p in found:

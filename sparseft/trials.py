@@ -1,5 +1,6 @@
 """Short trainings of one model, each from the same weights, measured on rows held out of the training data."""
 
+import math
 import random
 import tempfile
 import time
@@ -33,6 +34,7 @@ class Outcome:
         tile_share: share of the selected weights' tiles that hold an entry.
         select_seconds, step_seconds, measure_seconds: of the selection (0 if it was known), of a training step, of the
             measurement.
+        row_losses: what each held-out row adds to `loss`.
     """
 
     loss: float
@@ -43,10 +45,22 @@ class Outcome:
     select_seconds: float
     step_seconds: float
     measure_seconds: float
+    row_losses: list[float]
 
     def seconds(self, steps: int) -> float:
         """Time of the whole trial."""
         return self.select_seconds + steps * self.step_seconds + self.measure_seconds
+
+    def figures(self) -> dict[str, Any]:
+        """For a report: all but the rows' losses."""
+        return {name: value for name, value in asdict(self).items() if name != "row_losses"}
+
+    def lead(self, other: "Outcome") -> tuple[float, float]:
+        """How much lower this loss is than another's, and the standard error of that: rows are drawn, differences
+        are paired."""
+        differences = torch.tensor(other.row_losses, dtype=torch.float64) - torch.tensor(self.row_losses)
+        n = len(differences)
+        return float(differences.sum()), float(differences.std() * n**0.5) if n > 1 else math.inf
 
 
 class Trials:
@@ -82,7 +96,7 @@ class Trials:
         self._patterns: dict[str, dict[str, Pattern]] = {}
         self._born = _clocks()
         self._before = (self._journal.seconds, self._journal.cpu_seconds) if self._journal else (0.0, 0.0)
-        self.start = self._loss()
+        self.start = sum(self._row_losses())
         display.note(f"held-out loss before training: {self.start:.4f}")
 
     @property
@@ -121,11 +135,6 @@ class Trials:
         self._journal.add(sparse, steps, asdict(outcome), clock, cpu)
         return outcome
 
-    @property
-    def spent(self) -> float:
-        """Seconds of the trials that an interrupted search left in the journal."""
-        return self._before[0]
-
     def _train(self, sparse: SparseConfig, steps: int) -> Outcome:
         config = replace(self.config, sparse=replace(sparse, refresh=None), steps=steps, save_steps=0)
         with tempfile.TemporaryDirectory() as folder:
@@ -142,20 +151,22 @@ class Trials:
                 trainer.train()
                 step_seconds = (time.perf_counter() - clock) / steps
                 clock = time.perf_counter()
-                loss = self._loss()
+                row_losses = self._row_losses()
                 measure_seconds = time.perf_counter() - clock
                 changed = sum(int((p.gather(self.model.get_parameter(name).detach()) != chosen.base).sum())
                               for name, chosen in selected(self.model).items() for p in [chosen.pattern])  # fmt: skip
             finally:
                 self._rewind()
         everything = sum(-(-p.shape[0] // p.tile[0]) * -(-p.shape[1] // p.tile[1]) for p in patterns.values())
+        loss = sum(row_losses)
         return Outcome(loss, self.start - loss, sum(map(len, patterns.values())), changed,
                        sum(len(p.tiles) for p in patterns.values()) / everything,
-                       select_seconds, step_seconds, measure_seconds)  # fmt: skip
+                       select_seconds, step_seconds, measure_seconds, row_losses)  # fmt: skip
 
-    def _loss(self) -> float:
+    def _row_losses(self) -> list[float]:
+        """Each held-out row's cross entropy, over the answer tokens of all."""
         losses, counts = score(self.model, self.tokenizer, self.held_out.items, batch_size=2 * self.config.batch_size)
-        return float(losses.sum() / counts.sum())
+        return (losses.double() / counts.sum()).tolist()
 
     @torch.no_grad()
     def _rewind(self) -> None:

@@ -27,7 +27,7 @@ class Silent:
 
 
 def outcome(loss: float = 1.0, select: float = 0.0, step: float = 1.0, measure: float = 0.0) -> Outcome:
-    return Outcome(loss, 0.0, 1, 1, 1.0, select, step, measure)
+    return Outcome(loss, 0.0, 1, 1, 1.0, select, step, measure, [0.5 * loss, 0.5 * loss])
 
 
 # ---- successive halving -----------------------------------------------------------------------------------------
@@ -62,23 +62,21 @@ def test_the_longest_trial_is_bounded():
         auto.plan(8, 7.9, outcome(), most_steps=30)
 
 
-def halved(losses: dict[float, float], made: auto.Plan, deadline: float = 1e9):
-    """Trials whose loss is made up by density, on a clock that a step advances by one."""
-    now = 0.0
+def halved(losses: dict[float, float], made: auto.Plan, seconds: float = 1e9, most_steps: int = 16):
+    """Trials whose loss is made up by density, a second per step."""
 
     def trial(sparse, steps):
-        nonlocal now
-        now += steps
         return outcome(losses[sparse.density] / math.log2(1 + steps))
 
     candidates = [SparseConfig(density=d) for d in losses]
-    return auto.halve(candidates, made, trial, deadline, clock=lambda: now), now
+    tries = auto.halve(candidates, made, trial, seconds, most_steps)
+    return tries, sum(one.steps for one in tries)
 
 
-def test_halving_keeps_the_better_half_and_finds_the_best():
+def test_halving_keeps_the_better_half_and_the_first_and_finds_the_best():
     tries, spent = halved({0.1: 4.0, 0.2: 1.0, 0.3: 3.0, 0.4: 2.0}, auto.Plan(4, 8))
     assert [(one.round, one.steps, one.sparse.density) for one in tries] == [
-        (0, 8, 0.1), (0, 8, 0.2), (0, 8, 0.3), (0, 8, 0.4), (1, 16, 0.2), (1, 16, 0.4)
+        (0, 8, 0.1), (0, 8, 0.2), (0, 8, 0.3), (0, 8, 0.4), (1, 16, 0.1), (1, 16, 0.2)
     ]  # fmt: skip
     assert auto.best(tries).sparse.density == 0.2
     assert spent == 4 * 8 + 2 * 16
@@ -87,16 +85,40 @@ def test_halving_keeps_the_better_half_and_finds_the_best():
 def test_a_round_that_would_be_late_is_shorter_or_does_not_begin():
     losses = {0.1: 1.0, 0.2: 2.0, 0.3: 3.0, 0.4: 4.0}
     for late, steps in ((32.0, 16), (31.5, 15), (18.0, 9), (17.9, None), (0.0, None), (-5.0, None)):
-        tries, spent = halved(losses, auto.Plan(4, 8), deadline=32 + late)
+        tries, spent = halved(losses, auto.Plan(4, 8), 32 + late)
         assert [one.steps for one in tries if one.round == 1] == ([] if steps is None else [steps, steps])
         assert spent == 32 + 2 * (steps or 0) and spent <= max(32, 32 + late)
         assert auto.best(tries).sparse.density == 0.1
+
+
+def test_the_last_round_has_the_time_that_is_left():
+    losses = dict.fromkeys((0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8), 1.0)
+    for seconds, most, steps in ((500, 1000, 186), (500, 100, 100), (128, 1000, None)):
+        tries, spent = halved(losses, auto.Plan(8, 8), seconds, most)
+        assert [one.steps for one in tries if one.round == 1] == [16] * 4
+        assert [one.steps for one in tries if one.round == 2] == ([] if steps is None else [steps, steps])
+        assert spent <= seconds
 
 
 def test_equal_losses_go_to_the_earlier_setting():
     tries, _ = halved(dict.fromkeys((0.3, 0.1, 0.2), 1.0), auto.Plan(3, 4))
     assert [one.sparse.density for one in tries if one.round == 1] == [0.3, 0.1]
     assert auto.best(tries).sparse.density == 0.3
+
+
+def test_the_first_setting_gives_way_only_to_a_clear_lead():
+    def tried(*row_losses: list[float]) -> list[auto.Try]:
+        return [auto.Try(SparseConfig(density=0.1 * (i + 1)), 1, 8, replace(outcome(sum(rows)), row_losses=rows))
+                for i, rows in enumerate(row_losses)]  # fmt: skip
+
+    first = [0.3, 0.2, 0.4, 0.1]
+    lead, error = tried([0.1, 0.1, 0.1, 0.1])[0].outcome.lead(tried(first)[0].outcome)
+    differences = torch.tensor([0.2, 0.1, 0.3, 0.0], dtype=torch.float64)
+    assert lead == pytest.approx(0.6) and error == pytest.approx(4 * float(differences.std()) / 2)
+    for other, clear in (([0.1, 0.1, 0.1, 0.1], True), ([0.0, 0.2, 0.4, 0.1], False), ([0.29, 0.19, 0.39, 0.09], True),
+                         ([0.0, 0.0, 0.4, 0.5], False), ([math.nan] * 4, False)):  # fmt: skip
+        assert (auto.best(tried(first, other)).sparse.density == 0.2) == clear
+    assert auto.best(tried([0.3], [0.1])).sparse.density == 0.1  # one row says nothing about others
 
 
 def test_settings_are_different_start_with_the_base_and_come_from_the_grid():

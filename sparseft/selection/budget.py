@@ -152,15 +152,19 @@ class Budget:
         tiles = keep_tiles(list(grids.values()), self._k, round(self._tile_budget * self.tiles), sure)
         keep = dict(zip(grids, tiles, strict=True))
         inside = FlooredTopK(self._k, {name: self._sure[name] for name in grids})
+        positions = None
         for name, grid in grids.items():
             scores = self._scores.pop(name)
-            inside.add(name, scores[grid.positions(keep[name], scores.device)])
+            positions = grid.positions(keep[name], scores.device)
+            inside.add(name, scores[positions])
         self._scores.clear()
         chosen = inside.selected()
         self.mass = mass_of(chosen)
-        for name, (found, _) in chosen.items():  # positions once more: cheaper than keeping them all
+        for name, (found, _) in chosen.items():
             grid = grids[name]
-            self.patterns[name] = grid.pattern(grid.positions(keep[name], found.device)[found])
+            if positions is None or len(grids) > 1:  # made once more: cheaper than keeping those of all weights
+                positions = grid.positions(keep[name], found.device)
+            self.patterns[name] = grid.pattern(positions[found])
 
 
 class FlooredTopK:

@@ -75,7 +75,8 @@ def scales(matrix: Tensor) -> tuple[Tensor, Tensor]:
     The second moment is (row's sum of squares) (column's) / (all), as in Adafactor (Shazeer & Stern, 2018). 0 for rows
     and columns of zeros.
     """
-    rows, columns = (matrix.square().sum(dim, keepdim=True) for dim in (1, 0))
+    squares = matrix.square()
+    rows, columns = (squares.sum(dim, keepdim=True) for dim in (1, 0))
     norm = rows.sum().sqrt()
     return rows.rsqrt().nan_to_num(posinf=0.0).mul_(norm), columns.rsqrt().nan_to_num(posinf=0.0)
 

@@ -53,17 +53,21 @@ class StreamingTopK(Generic[Key]):
             raise ValueError(f"other must have score's shape {tuple(score.shape)}, got {tuple(other.shape)}")
         flat = score.detach().reshape(-1)
         second = [] if other is None else [other.detach().reshape(-1).to(flat.dtype)]
-        if self._least is not None:
-            position = (_magnitude(flat, second) >= self._least.to(flat.device)).nonzero().squeeze(1)
-        else:
-            position = torch.arange(len(flat), device=flat.device)
-        if len(position) > self.k:
+        position = None if self._least is None else self._reaching(flat, second)
+        if (len(flat) if position is None else len(position)) > self.k:
             position = select_topk(flat, self.k, "product" if second else "abs", second)
+        elif position is None:
+            position = torch.arange(len(flat), device=flat.device)
         signed = flat[position].to(torch.promote_types(flat.dtype, torch.float32))
         scores = _magnitude(signed, [factor[position] for factor in second])
         self._append(key, scores, position, signed, len(flat))
         if sum(self._counts.values()) > 2 * self.k:
             self._prune()
+
+    def _reaching(self, flat: Tensor, second: list[Tensor]) -> Tensor:
+        """Flat positions of the scores that are at least the k-th best so far."""
+        assert self._least is not None
+        return (_magnitude(flat, second) >= self._least.to(flat.device)).nonzero().squeeze(1)
 
     def result(self) -> dict[Key, Tensor]:
         """int64 flat positions, ascending, of the selected entries; keys without any are left out.
