@@ -108,7 +108,28 @@ def worth(task: Task, chosen: dict[str, Any], default: dict[str, Any], rate: flo
         f"auto's choice is {points['best']:.1f} points below the best of {len(peers)} sparse runs, "
         f"{points['best_at_rate']:.1f} below the best at its rate, which auto does not choose (<= 1)"
     )
-    return {**found, "points_below": points, "compared": len(peers)}
+    tested = points_below_best_test(DEFAULT | different, rate, [row for row in study if row["task"] == task.name])
+    if tested is not None:
+        print(f"on the test questions: {tested[0]:.1f} points below the best of {tested[1]} sparse settings (<= 1)")
+    return {**found, "points_below": points, "compared": len(peers), "on_test_questions": tested}
+
+
+def points_below_best_test(chosen: dict[str, Any], rate: float, study: list[Row]) -> tuple[float, int] | None:
+    """How many points a sparse setting's accuracy on the study's test questions lies below the best sparse setting's,
+    each over the seeds that both have; and how many were compared. None if it was not tested."""
+    accuracy: dict[tuple[str, float], dict[float, float]] = {}  # (options, rate) -> seed -> accuracy
+    for row in study:
+        if row["method"] == "sparse" and row["role"] == "test" and row["status"] == "ok":
+            accuracy.setdefault((row["options"], row["rate"]), {})[row["seed"]] = row["accuracy"]
+    mine = accuracy.get((json.dumps(chosen, sort_keys=True), rate))
+    if mine is None:
+        return None
+    leads = []
+    for other in accuracy.values():
+        seeds = mine.keys() & other.keys()
+        if seeds:
+            leads.append(sum(other[seed] - mine[seed] for seed in seeds) / len(seeds))
+    return 100 * max(leads), len(leads)
 
 
 def _known(rows: list[Row], run: Run) -> Row | None:

@@ -79,8 +79,8 @@ class Grid:
 
     def positions(self, keep: Tensor, device: torch.device) -> Tensor:
         """int64 flat positions inside the tiles that `keep` (bool, one per tile) marks, ascending."""
-        bands = keep.view(-1, self._across)[self._row_place // self._tile[0]].to(device)
-        mask = bands[:, (self._col_place // self._tile[1]).to(device)]
+        bands = keep.view(-1, self._across)[:, self._col_place // self._tile[1]].to(device)
+        mask = bands[(self._row_place // self._tile[0]).to(device)]  # whole rows: copied in one go each
         return mask.reshape(-1).nonzero().squeeze(1)
 
     def pattern(self, indices: Tensor) -> Pattern:
