@@ -4,10 +4,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from sparseft.selection.gradients import is_finite, loss_of, seeded, unchanged_buffers
+from sparseft.selection.gradients import check_finite, gradients_on, is_finite, loss_of, seeded, unchanged_buffers
 from sparseft.selection.inputs import hooked, is_conv1d, linear_layers
 
 
@@ -42,7 +41,7 @@ class Tokens:
         hooks = hooked(self._layers, lambda layer, name: layer.register_forward_hook(self._hook(name)))
         try:
             self.model.requires_grad_(False)
-            with hooks, unchanged_buffers(self.model), seeded(self.model, seed), torch.enable_grad():
+            with hooks, unchanged_buffers(self.model), seeded(self.model, seed), gradients_on():
                 yield
         finally:
             for parameter in trained:
@@ -59,6 +58,7 @@ class Tokens:
         if not loss.requires_grad:
             raise ValueError(f"batch {number}: the loss gives no gradient for any layer of an eligible weight")
         loss.backward()
+        check_finite(loss, number)
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
         def hook(layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
