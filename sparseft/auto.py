@@ -99,14 +99,18 @@ def halve(
     """Successive halving (Jamieson & Talwalkar, 2016): train all briefly, keep the better half, train these twice as
     long from the start, and so on. Equal losses go to the earlier setting.
 
-    A round that, by the times of the one before, would end after `deadline` gets fewer steps; if these are no more than
-    those of the round before, it does not begin.
+    A loss that is not finite is the worst; after a round of no others comes none. A round that, by the times of the one
+    before, would end after `deadline` gets fewer steps; if these are no more than those of the round before, it does
+    not begin.
 
     Args:
         tell: called with every trial so far, after each.
 
     Returns:
-        Every trial; the best setting is the one with the lowest loss in the last round.
+        Every trial; `best` of them is the choice.
+
+    Raises:
+        ValueError: no loss was finite.
     """
     tries: list[Try] = []
     alive = list(candidates[: made.count])
@@ -121,7 +125,11 @@ def halve(
             tries.append(Try(sparse, number, steps, trial(sparse, steps)))
             tell(tries)
         results = {id(one.sparse): one.outcome.loss for one in tries if one.round == number}
-        alive.sort(key=lambda sparse: results[id(sparse)])
+        if not any(map(math.isfinite, results.values())):
+            break
+        alive.sort(key=lambda sparse: (math.isnan(results[id(sparse)]), results[id(sparse)]))
+    if not math.isfinite(best(tries).outcome.loss):
+        raise ValueError("learning_rate: no setting's held-out loss stayed finite; give a lower one")
     return tries
 
 
@@ -133,9 +141,8 @@ def _fitting(before: Sequence[Try], count: int, seconds: float) -> int:
 
 
 def best(tries: Sequence[Try]) -> Try:
-    """The trial with the lowest loss in the last round."""
-    last = max(one.round for one in tries)
-    return min((one for one in tries if one.round == last), key=lambda one: one.outcome.loss)
+    """The trial with the lowest loss in the last round that has a finite one."""
+    return min(tries, key=lambda one: (not math.isfinite(one.outcome.loss), -one.round, one.outcome.loss))
 
 
 def choose(trials: Trials, minutes: float, grid: Mapping[str, Sequence[Any]] | None = None,
@@ -162,6 +169,9 @@ def choose(trials: Trials, minutes: float, grid: Mapping[str, Sequence[Any]] | N
     most = trials.config.steps or math.ceil(trials.epoch * trials.config.epochs)
     made = plan(len(candidates), 60 * minutes - probe.seconds(PROBE_STEPS), probe, most)  # when resumed, the same
     trials.display.note(", then ".join(f"{n} settings for {steps} steps" for n, steps in made.rounds))
+    if made.count < len(candidates):
+        trials.display.note(f"no more: with {made.count + 1} a first trial would have fewer than {LEAST_STEPS} steps, "
+                            f"as the minutes and the longest trial ({most} steps) allow")  # fmt: skip
 
     def tell(tries: list[Try]) -> None:
         one = tries[-1]
