@@ -288,6 +288,17 @@ def test_criteria_refuse(make, message):
         make()
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("criterion", ["fisher-token", "fisher-sample", "wanda", "lottery"])
+def test_gradient_checkpointing_changes_no_choice(criterion, reentrant):
+    model, data = make_llama().train(), text_batches(2)
+    settings = {"criterion": criterion, "density": 0.1, "tile": TILE}
+    expected = digests(select(model, data, **settings))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    assert digests(select(model, data, **settings)) == expected
+
+
 def test_per_token_fisher_needs_linear_layers_and_a_gradient():
     with pytest.raises(ValueError, match=r"gate\.weight belongs to none; exclude (\[.*\])") as error:
         select(make_olmoe(), text_batches(1), criterion="fisher-token")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparseft.selection.gradients import check_finite, gradients_on, is_finite, loss_of, seeded, unchanged_buffers
@@ -62,6 +63,8 @@ class Tokens:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
         def hook(layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():  # reentrant checkpointing: the layer runs again in the backward pass
+                return output
             x = args[0].detach().reshape(-1, args[0].shape[-1])
             if not output.requires_grad:  # a first layer: from here on there is something to differentiate
                 output = output.requires_grad_().clone()  # a copy, since a leaf could not be changed in place
