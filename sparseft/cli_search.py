@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -157,8 +158,9 @@ def show_tries(console: Console, tries: list) -> None:
     """The trials of a search, the best of the last round first, as a table, and the options of the chosen setting."""
     from sparseft.auto import best
 
-    # narrow enough for 80 columns; "loss": held-out
-    table = Table("criterion", "allocation", "density", "tiles", "round", "steps", "loss", "s/step")
+    # fits 80 columns; "loss": held-out
+    table = Table("criterion", "allocation", "density", "tiles", "round", "steps", "loss", "s/step", box=SIMPLE_HEAD,
+                  padding=(0, 1, 0, 0))  # fmt: skip
     for one in sorted(tries, key=lambda one: (-one.round, isnan(one.outcome.loss), one.outcome.loss)):
         s = one.sparse
         table.add_row(s.criterion, s.allocation, f"{s.density:g}", f"{s.tile_budget:g}", str(one.round + 1),

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,7 +14,9 @@ from typer.testing import CliRunner
 
 from sparseft import ablate as ablation
 from sparseft import auto, cli, plot
+from sparseft.cli_search import show_tries
 from sparseft.finetune import RunConfig
+from sparseft.journal import Journal
 from sparseft.layers import selected
 from sparseft.trainer import SparseConfig
 from sparseft.trials import Outcome, Trials, split
@@ -287,6 +290,29 @@ def test_an_interrupted_search_goes_on_where_it_was(start, tmp_path, monkeypatch
     again = (tmp_path / "cut" / "trials.jsonl").read_text()
     assert go(tmp_path / "cut", 0, "--resume").exit_code == 0
     assert (tmp_path / "cut" / "trials.jsonl").read_text() == again
+
+
+@pytest.mark.parametrize("kept", ["", '{"model": "me', "whole"])
+def test_a_journal_that_was_killed_in_its_first_line_begins_anew(tmp_path, kept):
+    """Also with the first line whole and no trial after it."""
+    path, sparse = tmp_path / "trials.jsonl", SparseConfig()
+    settings = RunConfig(model="me", data="rows")
+    Journal(path, settings, None).add(sparse, 3, {"loss": 1.0}, 2.0, 1.0)
+    expected = path.read_text()
+    path.write_text(expected.splitlines(keepends=True)[0] if kept == "whole" else kept)
+    journal = Journal(path, settings, None)
+    assert journal.find(sparse, 3) is None and journal.seconds == 0
+    journal.add(sparse, 3, {"loss": 1.0}, 2.0, 1.0)
+    assert path.read_text() == expected
+    assert Journal(path, settings, None).find(sparse, 3) == {"loss": 1.0}
+
+
+def test_the_widest_trials_fit_80_columns():
+    wide = SparseConfig(criterion="fisher-sample", allocation="global", density=0.0025, tile_budget=0.05)
+    text = StringIO()
+    show_tries(Console(width=80, file=text), [auto.Try(wide, 1, 1000, outcome(12.34567, step=123.456))])
+    assert "fisher-sample" in text.getvalue() and "…" not in text.getvalue()
+    assert all(title in text.getvalue() for title in ("criterion", "allocation", "density", "s/step"))
 
 
 def test_there_must_be_something_to_resume(start, tmp_path):
