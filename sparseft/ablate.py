@@ -1,5 +1,6 @@
 """Train one group of weights at a time, and rank the groups by what they gain per changed weight."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,6 +9,7 @@ from typing import Any
 
 from sparseft import plot
 from sparseft.finetune import write_json
+from sparseft.selection.budget import kind
 from sparseft.trials import Outcome, Trials
 
 REPORT, PLOT = "ablate.json", "ablate.svg"
@@ -30,21 +32,28 @@ class Ablation:
 def groups(names: Iterable[str]) -> dict[str, list[str]]:
     """Weights by what they are ("q" for all q_proj and so on), then by their layer's third (early, middle, late).
 
-    Weights without a layer number are in no third; thirds that are empty, and groups that hold everything, are left
-    out.
+    Where a name stands in several places of a layer, they are apart: GPT-2's "attn.c_proj" and "mlp.c_proj". Weights
+    without a layer number are in no third; thirds that are empty, and groups that hold everything, are left out.
     """
     names = list(names)
     found: dict[str, list[str]] = {}
     layers = {name: int(match[1]) for name in names if (match := re.search(r"\.(\d+)\.", name))}
-    for name in names:
-        parts = name.split(".")
-        kind = parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
-        found.setdefault(kind.removesuffix("_proj"), []).append(name)
+    places = {name: kind(name).removesuffix(".weight") for name in names}
+    homes: dict[str, set[str]] = {}
+    for place in places.values():
+        homes.setdefault(_last(place), set()).add(place)
+    for name, place in places.items():
+        alone = len(homes[_last(place)]) == 1
+        found.setdefault(_last(place).removesuffix("_proj") if alone else place, []).append(name)
     depth = 1 + max(layers.values(), default=0)
     for name, number in layers.items():
         found.setdefault(THIRDS[3 * number // depth], []).append(name)
     order = [kind for kind in found if kind not in THIRDS] + [third for third in THIRDS if third in found]
     return {group: found[group] for group in order if len(found[group]) < len(names)}
+
+
+def _last(place: str) -> str:
+    return place.rpartition(".")[2]
 
 
 def ablate(trials: Trials, steps: int, keep: Callable[[list[Ablation]], object] = lambda found: None) -> list[Ablation]:
@@ -69,7 +78,7 @@ def ablate(trials: Trials, steps: int, keep: Callable[[list[Ablation]], object] 
         outcome = trials(alone, steps)
         found.append(Ablation(group, sum(weights[name].numel() for name in names), outcome))
         trials.display.note(f"loss {outcome.loss:.4f}, gain {outcome.gain:.4f} by {outcome.changed:,} changed weights")
-        found.sort(key=lambda one: -one.per_million)
+        found.sort(key=lambda one: (math.isnan(one.per_million), -one.per_million))
         keep(found)
     return found
 

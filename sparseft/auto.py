@@ -100,7 +100,8 @@ def halve(
     long from the start, and so on. Equal losses go to the earlier setting; the first one stays to the end.
 
     The last round has as many steps as the time allows. A round that, by the times of the one before, would take longer
-    than what is left gets fewer steps; if these are no more than those of the round before, it does not begin.
+    than what is left gets fewer steps; if these are no more than those of the round before, it does not begin. A loss
+    that is not finite is the worst, also the first setting's; after a round of no others comes none.
 
     Args:
         seconds: of all trials together, by their own clocks: a search that goes on later makes the same ones.
@@ -109,6 +110,9 @@ def halve(
 
     Returns:
         Every trial; `best` of them is chosen.
+
+    Raises:
+        ValueError: no loss was finite.
     """
     tries: list[Try] = []
     alive = list(candidates[: made.count])
@@ -120,13 +124,19 @@ def halve(
             steps = min(most_steps if last else steps, _fitting(before, count, left))
             if steps <= before[0].steps:
                 break
-            results = {id(one.sparse): one.outcome.loss for one in before}
-            first, *others = alive
-            others.sort(key=lambda sparse: results[id(sparse)])
-            alive = [first, *others[: count - 1]]
+            finite = {id(one.sparse): one.outcome.loss for one in before if math.isfinite(one.outcome.loss)}
+            if not finite:
+                break
+            alive.sort(key=lambda sparse: finite.get(id(sparse), math.inf))
+            if id(candidates[0]) in finite:
+                alive.remove(candidates[0])
+                alive.insert(0, candidates[0])
+            alive = alive[:count]
         for sparse in alive:
             tries.append(Try(sparse, number, steps, trial(sparse, steps)))
             tell(tries)
+    if not math.isfinite(best(tries).outcome.loss):
+        raise ValueError("learning_rate: no setting's held-out loss stayed finite; give a lower one")
     return tries
 
 
@@ -138,12 +148,14 @@ def _fitting(before: Sequence[Try], count: int, seconds: float) -> int:
 
 
 def best(tries: Sequence[Try]) -> Try:
-    """The trial with the lowest loss in the last round; but the first setting's, if the lead over it is less than CLEAR
-    standard errors: few held-out rows after a short training are no reason to leave it."""
-    last = [one for one in tries if one.round == tries[-1].round]
-    first, lowest = last[0], min(last, key=lambda one: one.outcome.loss)
-    lead, error = lowest.outcome.lead(first.outcome)
-    return lowest if lead > CLEAR * error else first
+    """The trial with the lowest loss in the last round that has a finite one; but the first setting's, if the lead over
+    it is less than CLEAR standard errors: few held-out rows after a short training are no reason to leave it."""
+    lowest = min(tries, key=lambda one: (not math.isfinite(one.outcome.loss), -one.round, one.outcome.loss))
+    for one in tries:
+        if one.round == lowest.round and one.sparse == tries[0].sparse and math.isfinite(one.outcome.loss):
+            lead, error = lowest.outcome.lead(one.outcome)
+            return lowest if lead > CLEAR * error else one
+    return lowest
 
 
 def choose(trials: Trials, minutes: float, grid: Mapping[str, Sequence[Any]] | None = None,
@@ -169,6 +181,9 @@ def choose(trials: Trials, minutes: float, grid: Mapping[str, Sequence[Any]] | N
     seconds = 60 * minutes - probe.seconds(PROBE_STEPS)
     made = plan(len(candidates), seconds, probe, most)
     trials.display.note(", then ".join(f"{n} settings for {steps} steps" for n, steps in made.rounds))
+    if made.count < len(candidates):
+        trials.display.note(f"no more: with {made.count + 1} a first trial would have fewer than {LEAST_STEPS} steps, "
+                            f"as the minutes and the longest trial ({most} steps) allow")  # fmt: skip
 
     def tell(tries: list[Try]) -> None:
         one = tries[-1]

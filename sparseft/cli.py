@@ -70,7 +70,7 @@ class RichDisplay:
     def progress(self, what: str, done: int, total: int) -> None:
         if what not in self._tasks:
             self._tasks[what] = self._bars.add_task(what, total=total)
-        self._bars.update(self._tasks[what], completed=done)
+        self._bars.update(self._tasks[what], completed=done, total=total)  # another trial may be longer
 
 
 def _clear_errors(command: Callable) -> Callable:

@@ -7,10 +7,12 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -156,8 +158,10 @@ def show_tries(console: Console, tries: list) -> None:
     """The trials of a search, the best of the last round first, as a table, and the options of the chosen setting."""
     from sparseft.auto import best
 
-    table = Table("criterion", "allocation", "density", "tile budget", "round", "steps", "held-out loss", "s per step")
-    for one in sorted(tries, key=lambda one: (-one.round, one.outcome.loss)):
+    # fits 80 columns; "loss": held-out
+    table = Table("criterion", "allocation", "density", "tiles", "round", "steps", "loss", "s/step", box=SIMPLE_HEAD,
+                  padding=(0, 1, 0, 0))  # fmt: skip
+    for one in sorted(tries, key=lambda one: (-one.round, isnan(one.outcome.loss), one.outcome.loss)):
         s = one.sparse
         table.add_row(s.criterion, s.allocation, f"{s.density:g}", f"{s.tile_budget:g}", str(one.round + 1),
                       str(one.steps), f"{one.outcome.loss:.4f}", f"{one.outcome.step_seconds:.2f}")  # fmt: skip

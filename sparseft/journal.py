@@ -30,9 +30,10 @@ class Journal:
         self._head = json.loads(json.dumps({**shared, "held_out": held_out}))
         self._found: dict[str, dict[str, Any]] = {}
         self.seconds = self.cpu_seconds = 0.0
-        if not path.exists():
+        whole = _whole_lines(path) if path.exists() else []
+        if not whole:
             return
-        head, *lines = _whole_lines(path)
+        head, *lines = whole
         different = [name for name in self._head if head.get(name) != self._head[name]]
         if different:
             name = different[0]
@@ -49,7 +50,7 @@ class Journal:
         """Keep a finished trial, on the disk when this returns."""
         line = {"setting": asdict(sparse), "steps": steps, "outcome": outcome, "seconds": seconds,
                 "cpu_seconds": cpu_seconds}  # fmt: skip
-        new = not self.path.exists()
+        new = not self.path.exists() or not self.path.stat().st_size
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             for content in (self._head, line) if new else (line,):
@@ -74,7 +75,4 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         path.write_text(whole)
-    lines = [json.loads(line) for line in whole.splitlines()]
-    if not lines:
-        raise ValueError(f"{path} is empty; remove it")
-    return lines
+    return [json.loads(line) for line in whole.splitlines()]

@@ -14,19 +14,22 @@ Points = Sequence[tuple[float, float]]
 
 
 def save(path: Path, series: Mapping[str, Points], *, title: str, x: str, y: str, log_x: bool = False,
-         lines: bool = True) -> None:  # fmt: skip
+         lines: bool = True, labels: Mapping[str, Sequence[str]] | None = None) -> None:  # fmt: skip
     """Draw named series of points: joined in their order, with the names in a legend; or without `lines`, each name
-    beside its points.
+    beside its points. What is not finite, such as the loss of a training that diverged, has no place.
+
+    Args:
+        labels: with `lines`, by the name of a series, a text beside each of its points.
 
     Raises:
-        ValueError: there is no point, one is not finite, or `log_x` meets an x that is not positive.
+        ValueError: there is no point, or `log_x` meets an x that is not positive.
     """
-    points = [point for each in series.values() for point in each]
-    if not points or not all(math.isfinite(value) for point in points for value in point):
-        raise ValueError(f"series must hold points, all finite, got {points}")
-    if log_x and min(px for px, _ in points) <= 0:
+    if not any(series.values()):
+        raise ValueError(f"series must hold points, got {dict(series)}")
+    points = [point for each in series.values() for point in each if _finite(point)]
+    if log_x and points and min(px for px, _ in points) <= 0:
         raise ValueError(f"log_x needs positive x, got {min(px for px, _ in points)}")
-    xs, ys = sorted({px for px, _ in points}), sorted({py for _, py in points})
+    xs, ys = (sorted({point[axis] for point in points} or {1.0}) for axis in (0, 1))
     right = RIGHT if lines else 60  # beside the plot: the legend, or what a last point's name needs
     across, down = _scale(xs, log_x, LEFT, WIDTH - right), _scale(ys, False, HEIGHT - BOTTOM, TOP)
     parts = [_text(LEFT, TOP - 16, title, size=15), _text((LEFT + WIDTH - right) / 2, HEIGHT - 12, x, "middle"),
@@ -42,19 +45,24 @@ def save(path: Path, series: Mapping[str, Points], *, title: str, x: str, y: str
     names: list[tuple[float, float, str]] = []
     for number, (name, each) in enumerate(series.items()):
         colour = COLOURS[number % len(COLOURS)]
-        places = [(across(px), down(py)) for px, py in each]
+        beside = [name] * len(each) if not lines else [""] * len(each) if labels is None else labels[name]
+        places = [(across(px), down(py), text) for (px, py), text in zip(each, beside, strict=True)
+                  if _finite((px, py))]  # fmt: skip
         if lines and len(places) > 1:
-            joined = " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
+            joined = " ".join(f"{px:.1f},{py:.1f}" for px, py, _ in places)
             parts.append(f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        parts += [_dot(px, py, colour) for px, py in places]
-        if not lines:
-            names += [(px + 8, py + 4, name) for px, py in places]
-        elif number < 22:  # what fits beside the plot
+        parts += [_dot(px, py, colour) for px, py, _ in places]
+        names += [(px + 8, py + 4, text) for px, py, text in places if text]
+        if lines and number < 22:  # what fits beside the plot
             level = TOP + 14 + 16 * number
             parts += [_dot(WIDTH - right + 14, level - 4, colour), _text(WIDTH - right + 24, level, name, size=11)]
     parts += [_text(px, py, name, size=11) for px, py, name in apart(names)]
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}">'
     path.write_text(f'{head}<rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n')
+
+
+def _finite(point: tuple[float, float]) -> bool:
+    return all(map(math.isfinite, point))
 
 
 def ticks(low: float, high: float) -> list[float]:

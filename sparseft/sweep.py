@@ -57,7 +57,11 @@ def report(found: Sequence[Point], folder: Path, about: Mapping[str, Any]) -> Pa
     rows = [{"density": p.density, "tile_budget": p.tile_budget, **p.outcome.figures()} for p in found]
     write_json(folder / REPORT, {**about, "points": rows})
     series: dict[str, list[tuple[float, float]]] = {}
-    for p in found:
-        series.setdefault(f"tile budget {p.tile_budget:g}", []).append((p.outcome.step_seconds, p.outcome.loss))
-    plot.save(folder / PLOT, series, title="along each line: growing density", x="seconds per step", y="held-out loss")
+    labels: dict[str, list[str]] = {}
+    for p in sorted(found, key=lambda p: p.density):
+        name = f"tile budget {p.tile_budget:g}"
+        series.setdefault(name, []).append((p.outcome.step_seconds, p.outcome.loss))
+        labels.setdefault(name, []).append(f"{p.density:g}")
+    plot.save(folder / PLOT, series, title="beside each point: its density", x="seconds per step", y="held-out loss",
+              labels=labels)  # fmt: skip
     return folder / REPORT

@@ -228,6 +228,19 @@ def test_samples_of_tuples_and_of_what_is_no_batch():
         select(model, ["text"], criterion="fisher-sample", **settings)
 
 
+def test_samples_without_labels_are_left_out():
+    """A batch's loss counts them not; alone, their loss is a mean over no token."""
+    model, [batch], _ = wide("llama", 1)
+    silent = {**batch, "labels": batch["labels"].clone()}
+    silent["labels"][1] = -100
+    settings = {"density": 0.1, "tile": TILE, "criterion": "fisher-sample"}
+    assert digests(select(model, [silent], **settings)) == digests(select(model, [rows_of(batch)[0]], **settings))
+    with pytest.raises(ValueError, match="batch 1 must have a row whose labels are not all -100, got none"):
+        select(model, [batch, rows_of(silent)[1]], **settings)
+    with pytest.raises(ValueError, match="batch 0 must have a row"):
+        select(model, [{key: value[:0] for key, value in batch.items()}], **settings)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("criterion", ["fisher-sample", "fisher-token", "gallop", "losia", "spiel-ma", "lottery"])
 def test_narrow_weights_are_scored_in_fp32(criterion, dtype):
@@ -275,9 +288,23 @@ def test_criteria_refuse(make, message):
         make()
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("criterion", ["fisher-token", "fisher-sample", "wanda", "lottery"])
+def test_gradient_checkpointing_changes_no_choice(criterion, reentrant):
+    model, data = make_llama().train(), text_batches(2)
+    settings = {"criterion": criterion, "density": 0.1, "tile": TILE}
+    expected = digests(select(model, data, **settings))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    assert digests(select(model, data, **settings)) == expected
+
+
 def test_per_token_fisher_needs_linear_layers_and_a_gradient():
-    with pytest.raises(ValueError, match=r"gate\.weight belongs to none"):
+    with pytest.raises(ValueError, match=r"gate\.weight belongs to none; exclude (\[.*\])") as error:
         select(make_olmoe(), text_batches(1), criterion="fisher-token")
+    told = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.gate.weight"]
+    assert str(error.value).endswith(str(told))
+    assert select(make_olmoe(), text_batches(1), criterion="fisher-token", exclude=told)
     model = make_mlp()
     with pytest.raises(ValueError, match="batch 0: the loss gives no gradient for any layer"):
         select(model, mlp_batches(1), criterion="fisher-token", loss_fn=lambda m, x: m.norm.weight.sum())
@@ -431,6 +458,45 @@ def test_limited_memory_changes_nothing(criterion, tile_budget, n):
     assert digests(select(model, data, memory=small, **settings, **allocation)) == digests(free)
     assert digests(select(model, data, memory=10**9, **settings, **allocation)) == digests(free)
     assert digests(select(model, data, **settings, **allocation)) == digests(free)  # and again the same
+
+
+@pytest.mark.parametrize("criterion", list(CRITERIA))
+def test_every_criterion_repeats_itself_whatever_others_do(criterion):
+    """The same digests from an equal model, another state of the generators, and an iterable that is read once."""
+    found = []
+    for noise in (1, 2):
+        model, data = make_llama().train(), text_batches(2)
+        torch.manual_seed(noise)
+        found.append(digests(select(model, iter(data), criterion=criterion, density=0.3, tile=TILE)))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("criterion", [name for name, rule in CRITERIA.items() if rule.accumulate is not None])
+def test_one_batch_is_chosen_from_as_it_streams_as_from_sums(criterion):
+    """A run that says it does not hand over all at once has its parts summed; the same parts, one of them."""
+    model, data = make_llama(), text_batches(1)
+    rule, sums = CRITERIA[criterion], []
+
+    class Summing:
+        one_part = False
+
+        def __init__(self, run):
+            self._run, self.in_groups = run, run.in_groups
+            self.prepared, self.shape = run.prepared, run.shape
+
+        def __call__(self, number, batch, take):
+            held = []
+            self._run(number, batch, lambda *part: held.append(part))
+            sums.append(len(held))
+            for part in held:
+                take(*part)
+
+    summing = Criterion(rule.score, rule.accumulate, lambda *args: Summing(rule.run(*args)), rule.state, rule.structure)
+    settings = {"density": 0.3, "tile": TILE, "tile_budget": 0.5}
+    assert digests(select(model, data, criterion=criterion, **settings)) == digests(
+        select(model, data, criterion=summing, **settings)
+    )
+    assert sums[0] >= len(eligible(model))  # every part was there before the first was summed
 
 
 @pytest.mark.parametrize("allocation", ["layer", "kind"])

@@ -13,7 +13,7 @@
 | S2FT | a second backward overwrites the gradient | ..._accumulates |
 | mttl | SNIP without the absolute value | ..._snip |
 | RoSA | with several batches the square of the sum passes for a Fisher | ..._fisher |
-| SpIEL | candidates come from the first batch alone | ..._every_batch |
+| SpIEL | candidates come from the first batch alone (`drop_and_grow` keeps that) | ..._every_batch |
 | SpIEL | processes choose different entries | test_selection_distributed.py |
 """
 
@@ -287,7 +287,8 @@ def test_rosa_fisher_is_no_squared_sum():
 
 @pytest.mark.parametrize("memory", [None, 12])
 def test_spiel_every_batch_has_a_say(memory):
-    """The entry that matters is the smallest in the first batch."""
+    """The entry that matters is the smallest in the first batch. (`drop_and_grow` is SpIEL's own rule: its candidates
+    are those of the first batch.)"""
     model = linear(1, 3)
     data = [torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.0, 0.0, 9.0]])]
     [pattern] = select(model, data, k=1, tile=(2, 2), tile_budget=1.0, memory=memory,

@@ -222,6 +222,29 @@ def test_wrong_arguments_are_named(wrong):
         drop_and_grow(model, batches(1), **{"fraction": 0.5, "loss_fn": loss_of} | wrong)
 
 
+@pytest.mark.parametrize(("data", "message"), [
+    ([], "batches must hold at least one batch, got none"), (None, "batches must be an iterable of batches, got None"),
+    (torch.ones(2, 3), r"batches must be an iterable of batches, got Tensor; one batch: \[batch\]"),
+], ids=["none", "None", "tensor"])  # fmt: skip
+def test_growing_needs_batches(data, message):
+    """Without one there is nothing to grow by: that entries stay must not pass for a choice."""
+    model, optimizer = sparse_model()
+    with pytest.raises((ValueError, TypeError), match=message):
+        drop_and_grow(model, data, 0.5, loss_fn=loss_of)
+    with pytest.raises((ValueError, TypeError), match=message):
+        Schedule(model, optimizer, DropAndGrow(every=1), 10, loss_fn=loss_of).step(data)
+
+
+def test_moments_must_fit():
+    model, _ = sparse_model()
+    name, chosen = next(iter(selected(model).items()))
+    with pytest.raises(ValueError, match=f"second_moments must hold those of {name}, got"):
+        drop_and_grow(model, [], 0.5, second_moments={})
+    moments = {n: torch.ones(len(c.pattern)) for n, c in selected(model).items()} | {name: torch.ones(3)}
+    with pytest.raises(ValueError, match=rf"those of {name} must have the shape \({len(chosen.pattern)},\), got \(3,"):
+        drop_and_grow(model, [], 0.5, second_moments=moments)
+
+
 def test_a_plain_model_has_nothing_to_drop():
     with pytest.raises(ValueError, match="must be sparsified"):
         drop_and_grow(make(), batches(1), 0.5, loss_fn=loss_of)

@@ -3,16 +3,20 @@
 import json
 import math
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from sparseft import ablate as ablation
 from sparseft import auto, cli, plot
+from sparseft.cli_search import show_tries
 from sparseft.finetune import RunConfig
+from sparseft.journal import Journal
 from sparseft.layers import selected
 from sparseft.trainer import SparseConfig
 from sparseft.trials import Outcome, Trials, split
@@ -119,6 +123,18 @@ def test_the_first_setting_gives_way_only_to_a_clear_lead():
                          ([0.0, 0.0, 0.4, 0.5], False), ([math.nan] * 4, False)):  # fmt: skip
         assert (auto.best(tried(first, other)).sparse.density == 0.2) == clear
     assert auto.best(tried([0.3], [0.1])).sparse.density == 0.1  # one row says nothing about others
+    assert auto.best(tried([math.nan] * 4, first)).sparse.density == 0.2
+
+
+def test_what_diverged_is_the_worst_and_never_chosen():
+    nan, inf = math.nan, math.inf
+    tries, _ = halved({0.1: nan, 0.2: 3.0, 0.3: inf, 0.4: 2.0}, auto.Plan(4, 8))
+    assert [one.sparse.density for one in tries if one.round == 1] == [0.4, 0.2]
+    assert auto.best(tries).sparse.density == 0.4
+    longer = [auto.Try(one.sparse, 1, 16, outcome(nan)) for one in tries if one.round == 1]
+    assert auto.best([*tries[:4], *longer]).sparse.density == 0.4  # where all of a round diverged, the one before it
+    with pytest.raises(ValueError, match="learning_rate: no setting's held-out loss stayed finite"):
+        halved({0.1: nan, 0.2: inf}, auto.Plan(2, 8))
 
 
 def test_settings_are_different_start_with_the_base_and_come_from_the_grid():
@@ -148,6 +164,17 @@ def test_groups_are_kinds_and_thirds():
     assert ablation.groups(["layers.0.q_proj.weight", "layers.0.k_proj.weight"]).keys() == {"q", "k"}
 
 
+def test_names_that_stand_in_several_places_of_a_layer_are_apart():
+    gpt2 = [f"transformer.h.{i}.{part}.weight" for i in range(2)
+            for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]  # fmt: skip
+    found = ablation.groups(gpt2)
+    assert list(found) == ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj", "early", "middle"]
+    assert found["attn.c_proj"] == [gpt2[1], gpt2[5]]
+    moe = ["layers.0.mlp.gate_proj.weight", "layers.1.mlp.experts.gate_up_proj",
+           "layers.1.mlp.shared.gate_proj.weight", "layers.1.mlp.experts.3.gate_proj.weight"]  # fmt: skip
+    assert list(ablation.groups(moe))[:4] == ["mlp.gate_proj", "gate_up", "mlp.shared.gate_proj", "gate_proj"]
+
+
 def test_a_split_is_whole_disjoint_and_seeded():
     rows = [{"n": i} for i in range(40)]
     train, out = split(rows, 1)
@@ -173,13 +200,21 @@ def test_a_plot_is_svg_with_its_points(tmp_path):
     texts = ElementTree.parse(tmp_path / "n.svg").getroot().findall(f".//{ns}text")
     levels = {t.text: float(t.get("y")) for t in texts if t.text in ("q", "kk", "far")}
     assert levels["kk"] == levels["q"] + plot.LINE and levels["far"] == levels["q"]  # names that would meet are apart
-    for bad, message in (
-        ({}, "must hold points"),
-        ({"a": [(1.0, math.nan)]}, "all finite"),
-        ({"a": [(0, 1)]}, "log_x"),
-    ):
+    for bad, message in (({}, "must hold points"), ({"a": []}, "must hold points"), ({"a": [(0, 1)]}, "log_x")):
         with pytest.raises(ValueError, match=message):
             plot.save(tmp_path / "q.svg", bad, title="", x="", y="", log_x=True)
+
+
+def test_a_plot_labels_points_and_leaves_out_what_is_not_finite(tmp_path):
+    series = {"a": [(1.0, 2.0), (2.0, math.nan), (3.0, 1.0)], "b": [(1.0, math.inf)]}
+    plot.save(tmp_path / "p.svg", series, title="t", x="x", y="y", labels={"a": ["one", "two", "three"], "b": ["four"]})
+    root = ElementTree.parse(tmp_path / "p.svg").getroot()
+    ns = "{http://www.w3.org/2000/svg}"
+    texts = {t.text for t in root.findall(f".//{ns}text")}
+    assert {"one", "three", "a", "b"} <= texts and not {"two", "four"} & texts
+    assert len(root.findall(f".//{ns}circle")) == 2 + 2  # and the legend's
+    plot.save(tmp_path / "n.svg", {"a": [(1.0, math.nan)]}, title="t", x="x", y="y", log_x=True)
+    ElementTree.parse(tmp_path / "n.svg")
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.3, 5.1), (0.0123, 0.0131), (7e5, 8e6), (2.0, 5.0)])
@@ -280,6 +315,29 @@ def test_an_interrupted_search_goes_on_where_it_was(start, tmp_path, monkeypatch
     assert (tmp_path / "cut" / "trials.jsonl").read_text() == again
 
 
+@pytest.mark.parametrize("kept", ["", '{"model": "me', "whole"])
+def test_a_journal_that_was_killed_in_its_first_line_begins_anew(tmp_path, kept):
+    """Also with the first line whole and no trial after it."""
+    path, sparse = tmp_path / "trials.jsonl", SparseConfig()
+    settings = RunConfig(model="me", data="rows")
+    Journal(path, settings, None).add(sparse, 3, {"loss": 1.0}, 2.0, 1.0)
+    expected = path.read_text()
+    path.write_text(expected.splitlines(keepends=True)[0] if kept == "whole" else kept)
+    journal = Journal(path, settings, None)
+    assert journal.find(sparse, 3) is None and journal.seconds == 0
+    journal.add(sparse, 3, {"loss": 1.0}, 2.0, 1.0)
+    assert path.read_text() == expected
+    assert Journal(path, settings, None).find(sparse, 3) == {"loss": 1.0}
+
+
+def test_the_widest_trials_fit_80_columns():
+    wide = SparseConfig(criterion="fisher-sample", allocation="global", density=0.0025, tile_budget=0.05)
+    text = StringIO()
+    show_tries(Console(width=80, file=text), [auto.Try(wide, 1, 1000, outcome(12.34567, step=123.456))])
+    assert "fisher-sample" in text.getvalue() and "…" not in text.getvalue()
+    assert all(title in text.getvalue() for title in ("criterion", "allocation", "density", "s/step"))
+
+
 def test_there_must_be_something_to_resume(start, tmp_path):
     result = CliRunner().invoke(cli.app, ["sweep", *map(str, common(start, "none")), "--resume"])
     assert result.exit_code == 2 and "holds no trials" in result.stderr
@@ -310,6 +368,9 @@ def test_auto_tries_reports_and_chooses(start):
         (c, t) for c in ("grad", "random") for t in (0.1, 1.0)
     }
     assert f"--criterion {told['chosen']['criterion']} --allocation layer --density 0.1" in shown
+    assert "…" not in shown  # the table has room in 80 columns
+    starters = len([one for one in told["trials"] if one["round"] == 0])
+    assert ("no more: with" in shown) == (starters < 4)
     ElementTree.parse(start / "auto" / "auto.svg")
 
 
@@ -354,6 +415,19 @@ def test_sweep_goes_over_all_pairs(start):
         chosen = sum(round(point["density"] * w.numel()) for n, w in llama().named_parameters() if "_proj" in n)
         assert chosen < point["entries"] - norms <= 1.1 * chosen
     assert all(0 < p["tile_share"] <= 1 for p in points)
+    texts = [t.text for t in ElementTree.parse(start / "sweep" / "sweep.svg").iter() if t.tag.endswith("text")]
+    assert texts.count("0.05") >= 2 and texts.count("0.2") >= 2  # a density beside each point
+
+
+def test_a_search_survives_trainings_that_diverge(start):
+    """Every group's loss is NaN: the weights' values overflow."""
+    shown = call("ablate", *common(start, "wild"), "--steps", 3, "--density", 0.1, "--include", "self_attn", "--lr",
+                 "1e38")  # fmt: skip
+    rows = json.loads((start / "wild" / "ablate.json").read_text())["groups"]
+    assert all(math.isnan(row["loss"]) for row in rows) and "nan" in shown
+    result = CliRunner().invoke(cli.app, ["auto", *map(str, common(start, "wilder")), "--minutes", "60", "--settings",
+                                          "2", "--lr", "1e38"])  # fmt: skip
+    assert result.exit_code == 2 and "learning_rate: no setting's held-out loss stayed finite" in result.stderr
 
 
 @pytest.mark.parametrize(("command", "options", "message"), [
@@ -369,6 +443,15 @@ def test_bad_options_end_in_one_line_and_make_nothing(start, command, options, m
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("error: ") and message in line
     assert sorted(start.rglob("*")) == before
+
+
+def test_a_bar_of_trials_of_different_lengths_is_never_more_than_full():
+    with cli.RichDisplay(Console(quiet=True)) as display:
+        for total in (2, 5):
+            for done in range(1, total + 1):
+                display.progress("steps", done, total)
+            (bar,) = display._bars.tasks
+            assert (bar.completed, bar.total) == (total, total)
 
 
 def test_the_commands_defaults_are_those_of_train():

@@ -935,6 +935,18 @@ def test_the_model_comes_back_as_it_was(criterion):
     assert_untouched(model, before)
 
 
+NO_LABEL = torch.full((8,), -100)
+
+
+@pytest.mark.parametrize("criterion", ["grad", "fisher-token"])
+def test_a_callers_inference_mode_does_not_reach_the_backward_passes(criterion):
+    model, data = make_mlp(), mlp_batches(2)
+    settings = {"criterion": criterion, "density": 0.1, "tile": TILE, "loss_fn": mlp_loss}
+    expected = digests(select(model, data, **settings))
+    with torch.inference_mode():
+        assert digests(select(model, data, **settings)) == expected
+
+
 def explode(model, batch):
     mlp_loss(model, batch).backward()  # gradients are written, then
     raise KeyError("broken")
@@ -945,6 +957,9 @@ ERRORS = {
     "density 2": ({"density": 2}, ValueError, "density must lie in"),
     "density nan": ({"density": float("nan")}, ValueError, "density must lie in"),
     "too little": ({"density": 1e-4}, ValueError, "density 0.0001 selects no entry: the largest budget has 117"),
+    "density text": ({"density": "0.1"}, TypeError, "density must be a number, got '0.1'"),
+    "half a k": ({"k": 10.5}, TypeError, "k must be an int, got 10.5"),
+    "memory text": ({"memory": "1G"}, TypeError, "memory must be a number of bytes, got '1G'"),
     "tile budget": ({"tile_budget": 0.0}, ValueError, r"tile_budget must lie in \(0, 1\], got 0"),
     "tile": ({"tile": (512, 512)}, ValueError, "tile must be two positive sizes"),
     "allocation": ({"allocation": "best"}, ValueError, r"Allocation or one of .*'row'\], got 'best'"),
@@ -959,6 +974,7 @@ ERRORS = {
         ValueError,
         "density 0.01 selects nothing: .*the rows",
     ),
+    "half a block": ({"criterion": "smt", "k": 1}, ValueError, "k=1 selects nothing: .* one of the blocks"),
     "floor of rows": (
         {"structure": "rows", "allocation": "mixed"},
         ValueError,
@@ -989,6 +1005,12 @@ ERRORS = {
     "a number": ({"batches": 3}, TypeError, "iterable of batches, got int"),
     "not a mapping": ({"loss_fn": None}, TypeError, "batch 0 must be a mapping.*got Tensor"),
     "no loss": ({"loss_fn": lambda m, x: None}, ValueError, "batch 0: .* must be a scalar tensor, got NoneType"),
+    "nan loss": (  # of a mean over no label: its gradient is zero
+        {"loss_fn": lambda m, x: nn.functional.cross_entropy(m(x), NO_LABEL)},
+        ValueError,
+        r"batch 0: the loss must be finite, got nan \(is no label counted\?\)",
+    ),
+    "zero gradient": ({"loss_fn": lambda m, x: 0 * m(x).sum()}, ValueError, "score 0 to every entry"),
     "vector loss": ({"loss_fn": lambda m, x: m(x)}, ValueError, r"must be a scalar tensor, got shape \(8, 3\)"),
     "constant loss": ({"loss_fn": lambda m, x: torch.ones(())}, ValueError, "batch 0: the loss gives no gradient"),
     "unrelated loss": ({"loss_fn": lambda m, x: m.norm.weight.sum()}, ValueError, "gives no gradient for any"),
@@ -1007,6 +1029,12 @@ ERRORS = {
         r"scores of shape \(7, 9\) for second.*got \(9,\)",
     ),
     "no score": ({"criterion": lambda n, w, g: 1.0}, ValueError, "for second.weight, got float"),
+    "wide score": (
+        {"criterion": lambda n, w, g: g.double() * 1e300},
+        ValueError,
+        "scores for second.weight that are not finite in torch.float32",
+    ),
+    "complex score": ({"criterion": lambda n, w, g: g + 1j}, TypeError, "real scores for second.weight, got torch.co"),
     "nan score": ({"criterion": lambda n, w, g: g / 0}, ValueError, "scores for second.weight that are not finite"),
 }
 
@@ -1047,6 +1075,9 @@ def test_a_weight_that_the_loss_does_not_reach_scores_zero(caplog):
     patterns = select(model, mlp_batches(1), density=0.1, loss_fn=loss, tile_budget=1.0)
     assert list(patterns) == ["up.weight"]
     assert "1 weights, the first down.weight, were not reached" in caplog.text
+    patterns = select(model, mlp_batches(1), density=0.1, loss_fn=loss, tile_budget=1.0, allocation="layer")
+    assert patterns["down.weight"].indices().tolist() == list(range(18))
+    assert "1 weights, the first down.weight, are in budgets without a score but 0" in caplog.text
     everything = select(model, mlp_batches(1), density=1.0, loss_fn=loss)
     assert len(everything["down.weight"]) == 37 * 5  # k is exact even so
 

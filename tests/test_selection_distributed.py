@@ -2,6 +2,7 @@
 
 import json
 import os
+from datetime import timedelta
 
 import pytest
 import torch
@@ -45,13 +46,32 @@ def moved(data, loss_fn, group=None) -> dict[str, dict[str, str]]:
     for tiles in ("same", "free"):
         model = make()
         sparsify(model, select(model, criterion="magnitude", density=0.2, tile=(8, 8)))
-        chosen = drop_and_grow(model, data, 0.5, tiles=tiles, loss_fn=loss_fn, group=group)
+        chosen = drop_and_grow(model, list(data), 0.5, tiles=tiles, loss_fn=loss_fn, group=group)
         found[tiles] = {name: pattern.digest for name, pattern in chosen.items()}
     return found
 
 
+def failures(rank: int, group) -> dict[str, str]:
+    """What is told where process 1 alone has no batches, or one that gives no finite loss."""
+    model = make()
+    sparsify(model, select(model, criterion="magnitude", density=0.2, tile=(8, 8)))
+    data = list(batches())
+    tries = {
+        "no batch": lambda: digests(make(), data if rank == 0 else [], "grad", group=group),
+        "infinite": lambda: digests(make(), data if rank == 0 else [data[0] / 0], "wanda", group=group),
+        "nothing to grow by": lambda: drop_and_grow(model, data if rank == 0 else [], 0.5, loss_fn=loss, group=group),
+    }
+    found = {}
+    for name, attempt in tries.items():
+        with pytest.raises((RuntimeError, ValueError)) as error:
+            attempt()
+        found[name] = str(error.value)
+    return found
+
+
 def on_rank(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2,
+                                         timeout=timedelta(seconds=60))  # fmt: skip
     group = torch.distributed.group.WORLD
     data = list(batches())
     mine = data[:1] if rank == 0 else data[1:]  # one batch here, four there
@@ -59,6 +79,7 @@ def on_rank(rank: int, folder: str) -> None:
     found["limited"] = digests(make(), mine, "grad", group=group, memory=30 * 20 * 8)
     found["alone"] = digests(make(), mine, "grad")  # without the group: each by itself
     found["moved"] = moved(pairs()[rank], lambda model, x: loss(model, x), group)
+    found["failures"] = failures(rank, group)
     with open(os.path.join(folder, f"{rank}.json"), "w") as file:
         json.dump(found, file)
     torch.distributed.destroy_process_group()
@@ -72,7 +93,7 @@ def found(tmp_path_factory) -> list[dict[str, dict[str, str]]]:
 
 
 def test_ranks_agree(found):
-    one, two = found
+    one, two = ({name: told for name, told in each.items() if name != "failures"} for each in found)
     assert one.pop("alone") != two.pop("alone")  # different data would choose differently
     assert one == two
 
@@ -87,3 +108,11 @@ def test_ranks_choose_what_one_process_chooses(found):
 def test_masks_move_alike_as_in_one_process_that_sees_all_batches(found):
     together = moved(pairs().transpose(0, 1), lambda model, both: loss(model, both[0]) + loss(model, both[1]))
     assert found[0]["moved"] == together != moved(pairs()[0], loss)
+
+
+def test_what_fails_in_one_process_is_told_in_both(found):
+    """The other one does not wait for it."""
+    one, two = (each["failures"] for each in found)
+    assert all(message.startswith("group: 1 of its processes failed") for message in one.values())
+    assert two["no batch"] == two["nothing to grow by"] == "batches must hold at least one batch, got none"
+    assert two["infinite"] == "batch 0: the input of 0.weight's layer is not finite"

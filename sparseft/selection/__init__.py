@@ -124,8 +124,9 @@ def select(
         {parameter name: Pattern} in model order, without the weights in which nothing was selected.
 
     Raises:
-        ValueError, TypeError: an argument does not fit, a batch gives no loss or no gradient, or a score is not
-            finite (the weight and the batch are named). The model is as it was.
+        ValueError, TypeError: an argument does not fit, a batch gives no finite loss or no gradient, a score is not
+            finite (the weight and the batch are named), or all are zero. The model is as it was.
+        RuntimeError: another process of the group failed.
     """
     model = plain(model)
     rule = find(criterion)
@@ -163,7 +164,9 @@ def select(
     budgets = scoring.budgets
     patterns = {name: budgets[name].patterns[name] for name in weights if name in budgets[name].patterns}
     if not patterns:
-        raise ValueError(f"density {density} selects nothing: it is less than half of one of the {structure}")
+        asked = f"density {density}" if k is None else f"k={k}"
+        raise ValueError(f"{asked} selects nothing: it is less than half of one of the {shape}")
+    _check_masses(budgets)
     _report(patterns, set(budgets.values()))
     entries = sum(map(len, patterns.values()))
     if train_norms:
@@ -204,6 +207,15 @@ def _target_rows(name: str, targets: Targets, patterns: dict[str, Pattern], entr
 
 def _whole(weight: Tensor, tile: tuple[int, int]) -> Pattern:
     return Pattern.from_indices(torch.arange(weight.numel(), device=weight.device), weight.shape, tile=tile)
+
+
+def _check_masses(budgets: dict[str, AnyBudget]) -> None:
+    silent = [name for name, budget in budgets.items() if budget.free_mass == 0]
+    if len(silent) == len(budgets):
+        raise ValueError("criterion gives the score 0 to every entry: there is nothing to choose by")
+    if silent:
+        logger.warning("%d weights, the first %s, are in budgets without a score but 0: their first entries are taken",
+                       len(silent), silent[0])  # fmt: skip
 
 
 def _report(patterns: dict[str, Pattern], budgets: set[AnyBudget]) -> None:

@@ -1,6 +1,7 @@
 """What select refuses before it looks at the model."""
 
 from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
@@ -32,11 +33,14 @@ def check(
     """Shares, counts and names.
 
     Raises:
-        ValueError: one of them does not fit, alone or beside another.
+        ValueError, TypeError: one of them does not fit, alone or beside another.
     """
-    if k is not None and k < 1:
-        raise ValueError(f"k must be positive, got {k}")
+    if k is not None:
+        _expect("k", k, Integral, "an int")
+        if k < 1:
+            raise ValueError(f"k must be positive, got {k}")
     for name, share in (("density", density), ("tile_budget", tile_budget)):
+        _expect(name, share, Real, "a number")
         if not 0 < share <= 1:
             raise ValueError(f"{name} must lie in (0, 1], got {share}")
     if not 0 <= allocation.floor <= 1:
@@ -57,15 +61,30 @@ def check_batches(rule: Criterion, batches: Any, memory: int | None) -> None:
     Raises:
         ValueError, TypeError: there are none, or they are no batches.
     """
-    if memory is not None and memory < 0:
-        raise ValueError(f"memory must not be negative, got {memory}")
+    if memory is not None:
+        _expect("memory", memory, Real, "a number of bytes")
+        if memory < 0:
+            raise ValueError(f"memory must not be negative, got {memory}")
     if rule.accumulate is None:
         return
     if batches is None:
         free = sorted(name for name, other in CRITERIA.items() if other.accumulate is None)
         raise ValueError(f"batches must be given: the criterion looks at data (those that do not: {free})")
-    if isinstance(batches, Mapping | Tensor) or not isinstance(batches, Iterable):
-        raise TypeError(f"batches must be an iterable of batches, got {type(batches).__name__}; one batch: [batch]")
+    check_iterable(batches)
     if memory is not None and not hasattr(batches, "__len__"):
         raise TypeError(f"batches must have a length where memory is limited: they may be read several times; got "
                         f"{type(batches).__name__}")  # fmt: skip
+
+
+def check_iterable(batches: Any) -> None:
+    """
+    Raises:
+        TypeError: these are no batches, or one that is not in a list.
+    """
+    if isinstance(batches, Mapping | Tensor) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be an iterable of batches, got {type(batches).__name__}; one batch: [batch]")
+
+
+def _expect(name: str, value: object, kind: type, what: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {what}, got {value!r}")

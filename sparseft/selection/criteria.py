@@ -14,7 +14,7 @@ w: a weight, g: its gradient of a batch's mean loss, x: an input of its layer, d
 | fisher-token | sum over tokens of (d x)^2, a token's share of g squared; linear layers only | after FISH |
 | magnitude | w | SHiRA-WM (Bhardwaj et al., 2024); Super-Tuning (2026, arXiv 2607.09287) |
 | pafi | the smallest w | PaFi (Liao et al., 2023, arXiv 2305.16742) |
-| wanda | w times the norm of x over all tokens, ranked by budget, with allocation="row" by output | Sun et al., 2024 |
+| wanda | w times the norm of x over all tokens, ranked by budget, with allocation="row" by row | Sun et al., 2024 |
 | wanda-mean | w times the mean magnitude of x | Super-Tuning's variant of Wanda (2026, arXiv 2607.09287) |
 | gallop | large g, small w: see `gallop` | GaLLoP (2025, arXiv 2510.19778) |
 | lift, lift-exact | w in its best approximation of low rank: see `lift` | LIFT (Liu et al., 2025, arXiv 2506.00772) |

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+IGNORED = -100  # PyTorch's label of a token without a loss
+
 
 class Backward:
     """Runs backward passes of a model for some of its weights.
@@ -48,7 +50,7 @@ class Backward:
                     parameter.requires_grad_(not requires_grad)
             for name, weight in self.weights.items():
                 handles.append(weight.register_post_accumulate_grad_hook(partial(self._arrived, name)))
-            with unchanged_buffers(self.model), seeded(self.model, seed), torch.enable_grad():
+            with unchanged_buffers(self.model), seeded(self.model, seed), gradients_on():
                 yield
         finally:
             for handle in handles:
@@ -77,6 +79,7 @@ class Backward:
         loss = loss_of(self.model, batch, number, self._loss_fn)
         if loss.requires_grad:
             loss.backward()
+        check_finite(loss, number)
         if not self._seen:
             raise ValueError(
                 f"batch {number}: the loss gives no gradient for any eligible weight (with reentrant gradient "
@@ -100,7 +103,10 @@ class Backward:
 
 
 class Samples(Backward):
-    """As Backward, but each row of a batch is a batch of its own: the gradients of single samples."""
+    """As Backward, but each row of a batch is a batch of its own: the gradients of single samples.
+
+    Rows whose "labels" are all ignored (-100) have no loss and are left out.
+    """
 
     one_part = False
 
@@ -109,9 +115,18 @@ class Samples(Backward):
 
         Raises:
             TypeError: the batch is neither a tensor nor a mapping or sequence of tensors.
+            ValueError: it has no row with a loss.
         """
-        for row in rows_of(batch, number):
+        rows = [row for row in rows_of(batch, number) if not _without_loss(row)]
+        if not rows:
+            raise ValueError(f"batch {number} must have a row whose labels are not all {IGNORED}, got none")
+        for row in rows:
             super().__call__(number, row, take)
+
+
+def _without_loss(row: Any) -> bool:
+    labels = row.get("labels") if isinstance(row, Mapping) else None
+    return isinstance(labels, Tensor) and bool((labels == IGNORED).all())
 
 
 def rows_of(batch: Any, number: int) -> Iterator[Any]:
@@ -151,6 +166,15 @@ def loss_of(model: nn.Module, batch: Any, number: int, loss_fn: Callable[[nn.Mod
     return loss
 
 
+def check_finite(loss: Tensor, number: int) -> None:
+    """
+    Raises:
+        ValueError: the loss is not finite. Its gradient may be: that of a mean over no label is zero.
+    """
+    if not torch.isfinite(loss.detach()).all():
+        raise ValueError(f"batch {number}: the loss must be finite, got {loss.item()} (is no label counted?)")
+
+
 def moved_to(model: nn.Module, batch: Any, number: int) -> dict[str, Any]:
     """The batch as arguments of the model, tensors on its device.
 
@@ -164,6 +188,13 @@ def moved_to(model: nn.Module, batch: Any, number: int) -> dict[str, Any]:
         )
     device = next(model.parameters()).device
     return {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
+
+
+@contextmanager
+def gradients_on() -> Iterator[None]:
+    """Autograd records, whatever the caller switched off."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 @contextmanager

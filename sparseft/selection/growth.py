@@ -1,6 +1,7 @@
 """Drop and grow: in every weight the entries that changed least make room for those with the largest gradients."""
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain, islice
 from typing import Any, Protocol
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 from sparseft.layers import Selected, computing_densely, plain, refresh_values, selected
 from sparseft.ops import select_topk
 from sparseft.pattern import Pattern, matrix_shape
+from sparseft.selection.arguments import check_iterable
 from sparseft.selection.budget import Grid, best_tiles
 from sparseft.selection.gradients import Backward
 from sparseft.selection.outer import OuterProduct
+from sparseft.selection.together import together
 
 TILES = ("same", "free")
 
@@ -57,6 +60,8 @@ def drop_and_grow(
         ValueError, TypeError: an argument does not fit, the model is not sparsified, a batch gives no loss or no
             gradient, or one that is not finite. The model is as it was.
     """
+    if second_moments is None:
+        check_iterable(batches)
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must lie in [0, 1], got {fraction}")
     if tiles not in TILES:
@@ -70,14 +75,30 @@ def drop_and_grow(
         if moving and not _whole_rows(chosen.pattern):
             growths[name] = _Growth(chosen, moving, tiles, group)
     if second_moments is not None:
+        _check_moments(second_moments, {name: now[name].pattern for name in growths})
         for name, growth in growths.items():
             growth.look_at(_largest_moments(now[name].pattern, second_moments[name]))
     elif growths:
-        run = Backward(plain(model), {name: now[name].weight for name in growths}, loss_fn)
+        weights = {name: now[name].weight for name in growths}
+        run = Backward(plain(model), weights, loss_fn)
         with computing_densely(model), run.prepared(seed):
-            for number, batch in enumerate(batches):
+            with together(group, next(iter(weights.values())).device):
+                stream = iter(batches)  # in here, so that a shuffling loader draws from the seeded generator
+                first = list(islice(stream, 1))
+                if not first:
+                    raise ValueError("batches must hold at least one batch, got none")
+            for number, batch in enumerate(chain(first, stream)):
                 run(number, batch, lambda name, gradient: growths[name].add(gradient))
     return {name: growths[name].pattern() if name in growths else chosen.pattern for name, chosen in now.items()}
+
+
+def _check_moments(moments: Mapping[str, Tensor], patterns: Mapping[str, Pattern]) -> None:
+    for name, pattern in patterns.items():
+        if name not in moments:
+            raise ValueError(f"second_moments must hold those of {name}, got {list(moments)[:3]}")
+        if moments[name].shape != (len(pattern),):
+            raise ValueError(f"second_moments: those of {name} must have the shape {(len(pattern),)}, got "
+                             f"{tuple(moments[name].shape)}")  # fmt: skip
 
 
 def _largest_moments(pattern: Pattern, moments: Tensor) -> OuterProduct:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sparseft.selection.budget import kind
 from sparseft.selection.gradients import is_finite, moved_to, seeded, unchanged_buffers
 
 
@@ -79,9 +80,11 @@ def linear_layers(model: nn.Module, weights: dict[str, nn.Parameter]) -> dict[st
     """
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) or is_conv1d(m)]
     layers = {name: [m for m in linear if m.weight is weight] for name, weight in weights.items()}
-    for name, found in layers.items():
-        if not found:
-            raise ValueError(f"criterion needs the inputs of a linear layer, and {name} belongs to none; exclude it")
+    others = [name for name, found in layers.items() if not found]
+    if others:
+        kinds = sorted({kind(name) for name in others})
+        raise ValueError(f"criterion needs the inputs of a linear layer, and {others[0]} belongs to none; exclude "
+                         f"{kinds}")  # fmt: skip
     return layers
 
 

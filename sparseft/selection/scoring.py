@@ -22,6 +22,7 @@ from sparseft.selection.gradients import is_finite
 from sparseft.selection.heap import HeapTrim
 from sparseft.selection.rows import RowBudget
 from sparseft.selection.structured import BlockBudget, ChannelBudget, SubnetBudget
+from sparseft.selection.together import together
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Scoring:
         """
         totals: dict[str, Tensor] = {}
         added: set[str] = set()
-        with run.prepared(self.seed):
+        with together(self.group, next(iter(self.weights.values())).device), run.prepared(self.seed):
             stream = iter(batches)  # in here, so that a shuffling loader draws from the seeded generator
             first = list(islice(stream, 2))
             if not first:
@@ -113,9 +114,12 @@ class Scoring:
         if not isinstance(scores, Tensor) or scores.shape != weight.shape:
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(f"criterion must give scores of shape {tuple(weight.shape)} for {name}, got {got}")
+        if scores.is_complex():
+            raise TypeError(f"criterion must give real scores for {name}, got {scores.dtype}")
+        scores = scores.to(self.dtype)
         if not is_finite(scores):
-            raise ValueError(f"criterion gives scores for {name} that are not finite")
-        self.budgets[name].add(name, scores.to(self.dtype))
+            raise ValueError(f"criterion gives scores for {name} that are not finite in {self.dtype}")
+        self.budgets[name].add(name, scores)
 
     def _state(self, name: str, run: Run) -> tuple[int, ...]:
         shape = run.shape(name)

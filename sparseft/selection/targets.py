@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparseft.pattern import Pattern
+from sparseft.selection.gradients import IGNORED
 
-IGNORED = -100  # PyTorch's label of a token without a loss
 SHARE = 0.1  # of the entries chosen otherwise: what the rows may have at most
 
 

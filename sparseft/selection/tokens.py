@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseft.selection.gradients import is_finite, loss_of, seeded, unchanged_buffers
+from sparseft.selection.gradients import check_finite, gradients_on, is_finite, loss_of, seeded, unchanged_buffers
 from sparseft.selection.inputs import hooked, is_conv1d, linear_layers
 
 
@@ -42,7 +42,7 @@ class Tokens:
         hooks = hooked(self._layers, lambda layer, name: layer.register_forward_hook(self._hook(name)))
         try:
             self.model.requires_grad_(False)
-            with hooks, unchanged_buffers(self.model), seeded(self.model, seed), torch.enable_grad():
+            with hooks, unchanged_buffers(self.model), seeded(self.model, seed), gradients_on():
                 yield
         finally:
             for parameter in trained:
@@ -59,9 +59,12 @@ class Tokens:
         if not loss.requires_grad:
             raise ValueError(f"batch {number}: the loss gives no gradient for any layer of an eligible weight")
         loss.backward()
+        check_finite(loss, number)
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
         def hook(layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():  # reentrant checkpointing: the layer runs again in the backward pass
+                return output
             x = args[0].detach().reshape(-1, args[0].shape[-1])
             if not output.requires_grad:  # a first layer: from here on there is something to differentiate
                 output = output.requires_grad_().clone()  # a copy, since a leaf could not be changed in place
