@@ -77,39 +77,85 @@ SPARSEFT_CLONES void each_at_least_of_any(const Key& key, int64_t size, typename
 }
 
 #ifdef SPARSEFT_X86
-// Bit j: the magnitude of element j of the 64 at `from` is at least `low`.
-SPARSEFT_AVX512 inline uint64_t which(const float* from, uint32_t low) {
-  const __m512i magnitudes = _mm512_set1_epi32(0x7fffffff), bound = _mm512_set1_epi32(static_cast<int>(low));
-  uint64_t found = 0;
-  for (int part = 0; part < 4; ++part) {
-    const __m512i bits = _mm512_and_si512(_mm512_loadu_si512(from + 16 * part), magnitudes);
-    found |= static_cast<uint64_t>(_mm512_cmpge_epu32_mask(bits, bound)) << 16 * part;
+// Bit j of `which`: the magnitude of element j of the 64 at `from` is at least `low`.
+struct Avx512 {
+  static SPARSEFT_AVX512 inline uint64_t which(const float* from, uint32_t low) {
+    const __m512i magnitudes = _mm512_set1_epi32(0x7fffffff), bound = _mm512_set1_epi32(static_cast<int>(low));
+    uint64_t found = 0;
+    for (int part = 0; part < 4; ++part) {
+      const __m512i bits = _mm512_and_si512(_mm512_loadu_si512(from + 16 * part), magnitudes);
+      found |= static_cast<uint64_t>(_mm512_cmpge_epu32_mask(bits, bound)) << 16 * part;
+    }
+    return found;
   }
-  return found;
-}
-template <typename T, typename = std::enable_if_t<sizeof(T) == 2>>
-SPARSEFT_AVX512 inline uint64_t which(const T* from, uint16_t low) {
-  const __m512i magnitudes = _mm512_set1_epi16(0x7fff), bound = _mm512_set1_epi16(static_cast<short>(low));
-  uint64_t found = 0;
-  for (int part = 0; part < 2; ++part) {
-    const __m512i bits = _mm512_and_si512(_mm512_loadu_si512(from + 32 * part), magnitudes);
-    found |= static_cast<uint64_t>(_mm512_cmpge_epu16_mask(bits, bound)) << 32 * part;
+  template <typename T, typename = std::enable_if_t<sizeof(T) == 2>>
+  static SPARSEFT_AVX512 inline uint64_t which(const T* from, uint16_t low) {
+    const __m512i magnitudes = _mm512_set1_epi16(0x7fff), bound = _mm512_set1_epi16(static_cast<short>(low));
+    uint64_t found = 0;
+    for (int part = 0; part < 2; ++part) {
+      const __m512i bits = _mm512_and_si512(_mm512_loadu_si512(from + 32 * part), magnitudes);
+      found |= static_cast<uint64_t>(_mm512_cmpge_epu16_mask(bits, bound)) << 32 * part;
+    }
+    return found;
   }
-  return found;
-}
+};
 
-template <typename T, typename F>
-SPARSEFT_AVX512 void each_at_least_avx512(const Abs<T>& key, int64_t size, typename Abs<T>::Bits low, const F& f) {
+struct Avx2 {  // compares signed numbers only: magnitudes are not negative, and low - 1 is not below -1
+  static SPARSEFT_AVX2 inline uint64_t which(const float* from, uint32_t low) {
+    const __m256i magnitudes = _mm256_set1_epi32(0x7fffffff), below = _mm256_set1_epi32(static_cast<int>(low) - 1);
+    uint64_t found = 0;
+#pragma GCC unroll 8
+    for (int part = 0; part < 8; ++part) {
+      const __m256i bits = _mm256_and_si256(load(from + 8 * part), magnitudes);
+      const int mask = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(bits, below)));
+      found |= static_cast<uint64_t>(mask) << 8 * part;
+    }
+    return found;
+  }
+  template <typename T, typename = std::enable_if_t<sizeof(T) == 2>>
+  static SPARSEFT_AVX2 inline uint64_t which(const T* from, uint16_t low) {
+    const __m256i magnitudes = _mm256_set1_epi16(0x7fff), below = _mm256_set1_epi16(static_cast<short>(low - 1));
+    uint64_t found = 0;
+#pragma GCC unroll 2
+    for (int part = 0; part < 2; ++part) {
+      const __m256i first = _mm256_and_si256(load(from + 32 * part), magnitudes);
+      const __m256i second = _mm256_and_si256(load(from + 32 * part + 16), magnitudes);
+      // as bytes of 0 or -1; packing takes turns between the operands, 8 bytes each: put back in order
+      const __m256i bytes = _mm256_permute4x64_epi64(
+          _mm256_packs_epi16(_mm256_cmpgt_epi16(first, below), _mm256_cmpgt_epi16(second, below)), 0xd8);
+      found |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(bytes))) << 32 * part;
+    }
+    return found;
+  }
+
+ private:
+  // The processor looks ahead to the end of the page only.
+  static SPARSEFT_AVX2 inline __m256i load(const void* from) {
+    constexpr int64_t page = 4096;
+    __builtin_prefetch(static_cast<const char*>(from) + page);
+    return _mm256_loadu_si256(static_cast<const __m256i*>(from));
+  }
+};
+
+template <typename Isa, typename T, typename F>
+SPARSEFT_INLINE void each_at_least_by(const Abs<T>& key, int64_t size, typename Abs<T>::Bits low, const F& f) {
   const int64_t whole = size / 64 * 64;
   for (int64_t first = 0; first < whole; first += 64)
-    for (uint64_t found = which(key.score + first, low); found; found &= found - 1) {
+    for (uint64_t found = Isa::which(key.score + first, low); found; found &= found - 1) {
       const int64_t i = first + __builtin_ctzll(found);
       f(i, key[i]);
     }
   for (int64_t i = whole; i < size; ++i)
     if (key[i] >= low) f(i, key[i]);
 }
-
+template <typename T, typename F>
+SPARSEFT_AVX512 void each_at_least_avx512(const Abs<T>& key, int64_t size, typename Abs<T>::Bits low, const F& f) {
+  each_at_least_by<Avx512>(key, size, low, f);
+}
+template <typename T, typename F>
+SPARSEFT_AVX2 void each_at_least_avx2(const Abs<T>& key, int64_t size, typename Abs<T>::Bits low, const F& f) {
+  each_at_least_by<Avx2>(key, size, low, f);
+}
 #endif
 
 template <typename Key, typename F>
@@ -117,6 +163,7 @@ void each_at_least(const Key& key, int64_t size, typename Key::Bits low, const F
 #ifdef SPARSEFT_X86
   if constexpr (Key::kOne && sizeof(typename Key::Bits) < 8) {
     if (has_avx512()) return each_at_least_avx512(key, size, low, f);
+    if (has_avx2()) return each_at_least_avx2(key, size, low, f);
   }
 #endif
   each_at_least_of_any(key, size, low, f);

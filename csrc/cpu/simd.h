@@ -7,8 +7,13 @@
 #define SPARSEFT_X86
 #define SPARSEFT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define SPARSEFT_AVX512 __attribute__((target("arch=x86-64-v4")))  // to be called only if has_avx512()
+#define SPARSEFT_AVX2 __attribute__((target("arch=x86-64-v3")))    // to be called only if has_avx2()
 inline bool has_avx512() {
   static const bool has = __builtin_cpu_supports("x86-64-v4");
+  return has;
+}
+inline bool has_avx2() {
+  static const bool has = __builtin_cpu_supports("x86-64-v3");
   return has;
 }
 #else

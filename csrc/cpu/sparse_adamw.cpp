@@ -58,21 +58,28 @@ class Corrections {
   std::array<Correction<W>, kSlots> slots_;
 };
 
-// The state of a run of entries; rate, root and target have been laid out entry by entry.
+// The same number for every entry.
 template <typename W>
+struct Same {
+  SPARSEFT_INLINE W operator[](int64_t) const { return number; }
+  W number;
+};
+
+// The state of neighbouring entries. Target and Rates: Same<W>, or const W* where entries differ.
+template <typename W, typename Target, typename Rates>
 struct Span {
   int64_t count;
   W* values;
   const W* grad;
   W* exp_avg;
   W* exp_avg_sq;
-  const W* target;  // what weight decay pulls towards
-  const W* rate;
-  const W* root;
+  Target target;  // what weight decay pulls towards
+  Rates rate;
+  Rates root;
 };
 
-template <typename W>
-SPARSEFT_CLONES void update(Span<W> s, Hyper<W> h) {  // by value: no store can change them
+template <typename W, typename Target, typename Rates>
+SPARSEFT_CLONES void update(Span<W, Target, Rates> s, Hyper<W> h) {  // by value: no store can change them
   const bool small = h.mix1 < W(0.5);
 #pragma GCC ivdep
   for (int64_t i = 0; i < s.count; ++i) {
@@ -89,9 +96,10 @@ SPARSEFT_CLONES void update(Span<W> s, Hyper<W> h) {  // by value: no store can 
   }
 }
 
-// Rounds the fp32 values of a run whose first entry is number `first`; `key` is the layer's of this step.
+// Rounds the fp32 values of neighbouring entries, the first of which is number `first`; `key` is the layer's of this
+// step.
 template <typename T>
-SPARSEFT_CLONES void round_run(const float* from, int64_t count, uint64_t key, int64_t first, T* to) {
+SPARSEFT_CLONES void round_span(const float* from, int64_t count, uint64_t key, int64_t first, T* to) {
   for (int64_t i = 0; i < count; ++i) round_stochastically(from[i], random_bits(key, first + i), to[i]);
 }
 
@@ -118,25 +126,32 @@ void adamw(const std::vector<T*>& weights, const std::vector<Shape>& shapes, con
   for_each_span(work, 2048, [&](const Run* begin, const Run* end) {
     T* at[kRun];
     addresses(work, weights, shapes, begin, end, at);
-    const int64_t start = begin->first, count = end[-1].last - start;
-    W target[kRun], rate[kRun], root[kRun];
-    for (int64_t i = 0; i < count; ++i) target[i] = state.base ? static_cast<W>(state.base[start + i]) : W(0);
-    for (const Run* run = begin; run != end; ++run) {
-      const int64_t layer = run->tile->layer, offset = run->first - start, of_run = run->last - run->first;
-      std::fill_n(rate + offset, of_run, of_layer[layer].rate);
-      std::fill_n(root + offset, of_run, of_layer[layer].root);
-      if (!state.born) continue;
+    const int64_t start = begin->first, count = end[-1].last - start, layer = begin->tile->layer;
+    const auto towards = [&](W* values, auto target) {
+      const auto at_rates = [&](auto rate, auto root) {
+        update<W>(Span<W, decltype(target), decltype(rate)>{count, values, state.grad + start, state.exp_avg + start,
+                                                            state.exp_avg_sq + start, target, rate, root},
+                  hyper);
+      };
+      if (!state.born) return at_rates(Same<W>{of_layer[layer].rate}, Same<W>{of_layer[layer].root});
       Corrections<W> of_age(lr, beta1, beta2);
-      for (int64_t i = offset; i < offset + of_run; ++i) {
+      W rate[kRun], root[kRun];
+      for (int64_t i = 0; i < count; ++i) {
         const Correction<W>& own = of_age(state.step[layer] - state.born[start + i]);
         rate[i] = own.rate;
         root[i] = own.root;
       }
-    }
+      at_rates(static_cast<const W*>(rate), static_cast<const W*>(root));
+    };
     const auto updated = [&](W* values) {
-      update<W>(
-          {count, values, state.grad + start, state.exp_avg + start, state.exp_avg_sq + start, target, rate, root},
-          hyper);
+      if (!state.base) return towards(values, Same<W>{0});
+      if constexpr (std::is_same_v<T, W>) {
+        towards(values, state.base + start);
+      } else {
+        W base[kRun];
+        std::copy_n(state.base + start, count, base);
+        towards(values, static_cast<const W*>(base));
+      }
     };
     V* values = state.values + start;
     if constexpr (std::is_same_v<V, W>) {
@@ -145,9 +160,7 @@ void adamw(const std::vector<T*>& weights, const std::vector<Shape>& shapes, con
       W wide[kRun];
       std::copy_n(values, count, wide);
       updated(wide);
-      for (const Run* run = begin; run != end; ++run)
-        round_run(wide + (run->first - start), run->last - run->first,
-                  random_word(state.seed, state.step[run->tile->layer]), run->first, values + (run->first - start));
+      round_span(wide, count, random_word(state.seed, state.step[layer]), start, values);
     }
     for (int64_t i = 0; i < count; ++i) *at[i] = static_cast<T>(values[i]);
   });

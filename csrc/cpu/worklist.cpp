@@ -45,20 +45,22 @@ class Known {
 
 class Checker {
  public:
-  Checker(const Worklist& work, const std::vector<Shape>& shapes, bool one_shape)
+  // all_inside: every position of the worklist lies inside a tile.
+  Checker(const Worklist& work, const std::vector<Shape>& shapes, bool one_shape, bool all_inside)
       : work_(work),
         shapes_(shapes),
-        one_shape_(one_shape) {}
+        one_shape_(one_shape),
+        all_inside_(all_inside) {}
 
   // What is wrong with a tile, or nullptr.
   const char* fault(const Tile& tile) {
-    const int64_t layer = one_shape_ ? 0 : tile.layer;
+    const int64_t layer = layer_of(tile);
     if (layer < 0 || layer >= static_cast<int64_t>(shapes_.size())) return "LAYER is not one of the weights";
     if (tile.entry0 < 0 || tile.entry1 < tile.entry0 || tile.entry1 > work_.entries)
       return "ENTRY0 and ENTRY1 must be an ascending range of entries";
     const uint16_t* local = work_.local + tile.entry0;
     const int64_t count = tile.entry1 - tile.entry0;
-    if (count == 0) return nullptr;
+    if (count == 0 || (all_inside_ && fits_whole(tile, shapes_[layer]))) return nullptr;
     const uint16_t most = largest(local, count);
     if (most >= work_.positions) return "a local position lies outside the tile";
     const int64_t rows = work_.width.quotient(most) + 1;
@@ -76,18 +78,33 @@ class Checker {
   }
 
  private:
+  // Whether all rows and columns of the tile exist and lie in the matrix: then so do those that its entries use.
+  bool fits_whole(const Tile& tile, const Shape& shape) {
+    const int64_t width = work_.width.size, height = work_.positions / width;
+    return tile.row0 >= 0 && tile.row0 <= work_.rows.size - height && tile.col0 >= 0 &&
+           tile.col0 <= work_.cols.size - width &&
+           rows_.fits(work_.rows, layer_of(tile), tile.row0, height, shape.rows) &&
+           cols_.fits(work_.cols, layer_of(tile), tile.col0, width, shape.cols);
+  }
+
+  int64_t layer_of(const Tile& tile) const { return one_shape_ ? 0 : tile.layer; }
+
   const Worklist& work_;
   const std::vector<Shape>& shapes_;
-  bool one_shape_;
+  bool one_shape_, all_inside_;
   Known rows_, cols_;
 };
 
 }  // namespace
 
 void Worklist::check_bounds(const char* op, const std::vector<Shape>& shapes, bool one_shape) const {
+  std::atomic<bool> all_inside{true};
+  torch::stable::parallel_for(0, entries, 1 << 18, [&](int64_t begin, int64_t end) {
+    if (begin < end && largest(local + begin, end - begin) >= positions) all_inside = false;
+  });
   std::atomic<int64_t> first_bad{size};
   torch::stable::parallel_for(0, size, 64, [&](int64_t begin, int64_t end) {
-    Checker checker(*this, shapes, one_shape);
+    Checker checker(*this, shapes, one_shape, all_inside);
     for (int64_t i = begin; i < end; ++i) {
       if (!checker.fault(tiles[i])) continue;
       int64_t before = first_bad.load();
@@ -97,7 +114,8 @@ void Worklist::check_bounds(const char* op, const std::vector<Shape>& shapes, bo
     }
   });
   const int64_t bad = first_bad.load();
-  STD_TORCH_CHECK(bad == size, op, ": tile ", bad, ": ", Checker(*this, shapes, one_shape).fault(tiles[bad]));
+  STD_TORCH_CHECK(bad == size, op, ": tile ", bad, ": ",
+                  Checker(*this, shapes, one_shape, all_inside).fault(tiles[bad]));
 }
 
 }  // namespace sparseft

@@ -93,8 +93,8 @@ inline std::vector<Run> runs_of(const Worklist& work) {
   return runs;
 }
 
-// Calls f(begin, end) for all runs of the worklist, a few neighbouring ones at a time: together at most kRun entries,
-// which lie next to each other. A thread gets about `grain` entries or more. f must not throw.
+// Calls f(begin, end) for all runs of the worklist, a few neighbouring ones of a layer at a time: together at most kRun
+// entries, which lie next to each other. A thread gets about `grain` entries or more. f must not throw.
 template <typename F>
 void for_each_span(const Worklist& work, int64_t grain, const F& f) {
   const std::vector<Run> runs = runs_of(work);
@@ -112,7 +112,9 @@ void for_each_span(const Worklist& work, int64_t grain, const F& f) {
     const Run *begin = run_at(entry0), *last = run_at(entry1);
     while (begin != last) {
       const Run* end = begin + 1;
-      while (end != last && end->first == end[-1].last && end->last - begin->first <= kRun) ++end;
+      while (end != last && end->first == end[-1].last && end->last - begin->first <= kRun &&
+             end->tile->layer == begin->tile->layer)
+        ++end;
       f(begin, end);
       begin = end;
     }
@@ -124,14 +126,14 @@ void for_each_span(const Worklist& work, int64_t grain, const F& f) {
 template <typename T>
 void addresses(const Worklist& work, const std::vector<T*>& weights, const std::vector<Shape>& shapes, const Run* begin,
                const Run* end, T** to) {
+  const int64_t layer = begin->tile->layer, stride = shapes[layer].cols;
+  T* const weight = weights[layer];
+  const Divider width = work.width;
   for (const Run* run = begin; run != end; ++run) {
-    const Tile& tile = *run->tile;
-    T* weight = weights[tile.layer];
-    const int64_t stride = shapes[tile.layer].cols;
     for (int64_t e = run->first; e < run->last; ++e) {
-      const uint32_t row = work.width.quotient(work.local[e]);
-      const uint32_t col = work.local[e] - row * work.width.size;
-      T* address = weight + work.rows[tile.row0 + row] * stride + work.cols[tile.col0 + col];
+      const uint32_t row = width.quotient(work.local[e]);
+      const uint32_t col = work.local[e] - row * width.size;
+      T* address = weight + work.rows[run->tile->row0 + row] * stride + work.cols[run->tile->col0 + col];
       __builtin_prefetch(address, 1);
       *to++ = address;
     }
