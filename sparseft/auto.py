@@ -207,9 +207,9 @@ def report(tries: Sequence[Try], folder: Path, about: Mapping[str, Any]) -> Path
     chosen = best(tries)
     rows = [{"round": one.round, "steps": one.steps, "setting": asdict(one.sparse), **one.outcome.figures()}
             for one in tries]  # fmt: skip
-    first = next(one for one in tries if one.round == chosen.round)
+    first = next((one for one in tries if one.round == chosen.round and one.sparse == tries[0].sparse), None)
     leads = [{"setting": name(one.sparse), "lead": lead, "error": error} for one in tries
-             if one.round == chosen.round and one is not first
+             if first is not None and one.round == chosen.round and one is not first
              for lead, error in [one.outcome.lead(first.outcome)]]  # fmt: skip
     write_json(folder / REPORT, {**about, "chosen": asdict(chosen.sparse), "loss": chosen.outcome.loss,
                                  "leads_over_the_first": leads, "trials": rows})  # fmt: skip

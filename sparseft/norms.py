@@ -69,7 +69,8 @@ class LeanRMSNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """x [..., K] -> the plain norm's output, bit for bit."""
         weight: Tensor = self.weight
-        if "values" in self._parameters and not weight.requires_grad:  # with a gradient of its own, a hook moves that
+        about = self.__dict__.get("_sparseft")
+        if about is not None and not about["weight"]["gathers"]:  # else a hook moves the weight's own gradient
             weight = OfLeaf.apply(self.values, weight)
         return RMSNorm.apply(hidden_states, weight, self._eps)
 

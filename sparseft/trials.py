@@ -58,7 +58,9 @@ class Outcome:
     def lead(self, other: "Outcome") -> tuple[float, float]:
         """How much lower this loss is than another's, and the standard error of that: rows are drawn, differences
         are paired."""
-        differences = torch.tensor(other.row_losses, dtype=torch.float64) - torch.tensor(self.row_losses)
+        differences = torch.tensor(other.row_losses, dtype=torch.float64) - torch.tensor(
+            self.row_losses, dtype=torch.float64
+        )
         n = len(differences)
         return float(differences.sum()), float(differences.std() * n**0.5) if n > 1 else math.inf
 

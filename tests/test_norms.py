@@ -255,6 +255,23 @@ def test_a_norm_that_does_not_train_whole_or_not_in_order_gathers(order):
     assert torch.equal(chosen.values.grad, chosen.pattern.gather(plain[0].weight.grad))
 
 
+@pytest.mark.parametrize(("number", "flag"), [(12, True), (12, False), (5, False)])
+def test_a_norms_leaf_does_not_go_by_its_weights_flag(number, flag):
+    plain = nn.Sequential(LlamaRMSNorm(12))
+    model = copy.deepcopy(plain)
+    sparsify(model, {"0.weight": Pattern.from_mask(torch.arange(12) < number)})
+    chosen = selected(model)["0.weight"]
+    chosen.weight.requires_grad_(flag)
+    x = torch.randn(7, 12, requires_grad=True)
+    model(x).sum().backward()
+    if number == 12:
+        plain(x).sum().backward()
+        torch.testing.assert_close(chosen.values.grad, plain[0].weight.grad)
+        assert chosen.weight.grad is None
+    else:  # what is frozen by hand does not train
+        assert chosen.values.grad is None
+
+
 def test_a_whole_norm_may_lose_entries():
     plain = nn.Sequential(LlamaRMSNorm(12), nn.Linear(12, 3))
     model = copy.deepcopy(plain)
