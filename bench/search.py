@@ -116,10 +116,15 @@ def worth(task: Task, chosen: dict[str, Any], default: dict[str, Any], rate: flo
 
 def points_below_best_test(chosen: dict[str, Any], rate: float, study: list[Row]) -> tuple[float, int] | None:
     """How many points a sparse setting's accuracy on the study's test questions lies below the best sparse setting's,
-    each over the seeds that both have; and how many were compared. None if it was not tested."""
+    each over the seeds that both have; and how many were compared. None if it was not tested.
+
+    Args:
+        study: of one task and dtype; only runs of the full study's size count.
+    """
     accuracy: dict[tuple[str, float], dict[float, float]] = {}  # (options, rate) -> seed -> accuracy
+    size = {"method": "sparse", "role": "test", "status": "ok", "steps": FULL.steps, "batch": FULL.batch}
     for row in study:
-        if row["method"] == "sparse" and row["role"] == "test" and row["status"] == "ok":
+        if all(row[field] == value for field, value in size.items()):
             accuracy.setdefault((row["options"], row["rate"]), {})[row["seed"]] = row["accuracy"]
     mine = accuracy.get((json.dumps(chosen, sort_keys=True), rate))
     if mine is None:

@@ -104,7 +104,7 @@ def halve(
     that is not finite is the worst, also the first setting's; after a round of no others comes none.
 
     Args:
-        seconds: of all trials together, by their own clocks: a search that goes on later makes the same ones.
+        seconds: of all trials together, by their own clocks.
         most_steps: of the last round.
         tell: called with every trial so far, after each.
 
@@ -119,7 +119,7 @@ def halve(
     for number, (count, steps) in enumerate(made.rounds):
         if number:
             before = [one for one in tries if one.round == number - 1]
-            left = seconds - sum(one.outcome.seconds(one.steps) for one in tries)
+            left = seconds - _spent(tries)
             last = number == len(made.rounds) - 1
             steps = min(most_steps if last else steps, _fitting(before, count, left))
             if steps <= before[0].steps:
@@ -138,6 +138,13 @@ def halve(
     if not math.isfinite(best(tries).outcome.loss):
         raise ValueError("learning_rate: no setting's held-out loss stayed finite; give a lower one")
     return tries
+
+
+def _spent(tries: Sequence[Try]) -> float:
+    """Seconds of these trials. Selections count once, and the first setting's, which the probe made, not at all: a
+    search that was interrupted selects again, and has to come to the same rounds."""
+    selections = sum(one.outcome.select_seconds for one in tries if one.round == 0 and one.sparse != tries[0].sparse)
+    return selections + sum(one.steps * one.outcome.step_seconds + one.outcome.measure_seconds for one in tries)
 
 
 def _fitting(before: Sequence[Try], count: int, seconds: float) -> int:

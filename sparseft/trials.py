@@ -4,7 +4,7 @@ import math
 import random
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ class Trials:
             return self._train(sparse, steps)
         known = self._journal.find(sparse, steps)
         if known is not None:
-            return Outcome(**known)
+            return _read(known, self._journal.path)
         begun = _clocks()
         outcome = self._train(sparse, steps)
         clock, cpu = (now - then for now, then in zip(_clocks(), begun, strict=True))
@@ -180,6 +180,18 @@ class Trials:
         if selected(self.model):
             densify(self.model)
         self.model.zero_grad()
+
+
+def _read(known: dict[str, Any], journal: Path) -> Outcome:
+    """
+    Raises:
+        ValueError: another version of sparseft wrote the journal.
+    """
+    expected = {field.name for field in fields(Outcome)}
+    if known.keys() != expected:
+        raise ValueError(f"{journal}: its trials must have {sorted(expected)}, got {sorted(known)}; remove it to start "
+                         "again")  # fmt: skip
+    return Outcome(**known)
 
 
 def _clocks() -> tuple[float, float]:

@@ -522,13 +522,15 @@ def test_the_real_data(data_folder):
 
 def test_a_choice_is_held_against_the_best_tested_setting_over_common_seeds():
     def tested(options: dict, rate: float, seed: int, accuracy: float, **fields) -> dict:
-        row = {"method": "sparse", "role": "test", "status": "ok", "options": json.dumps(options, sort_keys=True)}
+        row = {"method": "sparse", "role": "test", "status": "ok", "options": json.dumps(options, sort_keys=True),
+               "steps": plan.FULL.steps, "batch": plan.FULL.batch}  # fmt: skip
         return {**row, "rate": rate, "seed": seed, "accuracy": accuracy, **fields}
 
     mine, other = {"criterion": "grad"}, {"criterion": "random"}
     rows = [tested(mine, 0.1, 0, 0.90), tested(mine, 0.1, 1, 0.80), tested(other, 0.1, 1, 0.83),
             tested(other, 0.2, 0, 0.92), tested(other, 0.2, 1, 0.80), tested(other, 0.3, 2, 0.99),
-            tested(other, 0.4, 0, 1.0, method="lora"), tested(other, 0.4, 0, 1.0, role="tune")]  # fmt: skip
+            tested(other, 0.4, 0, 1.0, method="lora"), tested(other, 0.4, 0, 1.0, role="tune"),
+            tested(other, 0.4, 0, 1.0, steps=24.0)]  # fmt: skip
     below, count = points_below_best_test(mine, 0.1, rows)
     assert below == pytest.approx(3.0) and count == 3  # mine, and two of the others
     assert points_below_best_test(other, 0.1, rows)[0] == pytest.approx(0.0)

@@ -104,6 +104,36 @@ def test_the_last_round_has_the_time_that_is_left():
         assert spent <= seconds
 
 
+def test_selecting_again_after_an_interruption_changes_no_round():
+    """Of eight settings, the second round's trials select again in one of the two searches."""
+
+    def rounds(again: float) -> list[int]:
+        made: dict[float, int] = {}
+
+        def trial(sparse, steps):
+            made[sparse.density] = made.get(sparse.density, 0) + 1
+            select = 5.0 if made[sparse.density] == 1 and sparse.density != 0.1 else again
+            return outcome(sparse.density, select=select)
+
+        candidates = [SparseConfig(density=d / 10) for d in range(1, 9)]
+        return [one.steps for one in auto.halve(candidates, auto.Plan(8, 8), trial, 400.0, 1000)]
+
+    assert rounds(0.0) == rounds(7.0) and len(rounds(0.0)) == 8 + 4 + 2
+    assert rounds(0.0)[-1] == (400 - 7 * 5 - 8 * 8 - 4 * 16) // 2
+
+
+def test_a_journal_of_another_version_is_refused(start, tmp_path):
+    trials = Trials(config(start), str(start / "held.jsonl"), Silent(), tmp_path / "trials.jsonl")
+    trials(trials.config.sparse, 1)
+    head, line = (tmp_path / "trials.jsonl").read_text().splitlines()
+    old = json.loads(line)
+    del old["outcome"]["row_losses"]
+    (tmp_path / "trials.jsonl").write_text(f"{head}\n{json.dumps(old)}\n")
+    again = Trials(config(start), str(start / "held.jsonl"), Silent(), tmp_path / "trials.jsonl")
+    with pytest.raises(ValueError, match=r"trials\.jsonl: its trials must have .*row_losses.*; remove it"):
+        again(again.config.sparse, 1)
+
+
 def test_equal_losses_go_to_the_earlier_setting():
     tries, _ = halved(dict.fromkeys((0.3, 0.1, 0.2), 1.0), auto.Plan(3, 4))
     assert [one.sparse.density for one in tries if one.round == 1] == [0.3, 0.1]
