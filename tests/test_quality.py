@@ -304,7 +304,8 @@ def test_the_schedule_warms_up_and_never_stands_still():
 
 MINI = Scale("mini", steps=4, batch=4, tune_steps=2, rates=2, extensions=1, validation_rows=0, test_rows=0,
              other_rows=5, hellaswag_rows=4, text_rows=3, seeds=(0, 1), tasks=("toy", "other"),
-             claims=("sparse-1%", "lora-r8"), tuned=(), screen=0, hypotheses=False, time_of="lora-r8")  # fmt: skip
+             claims=("sparse-1%", "lora-r8"), tuned=(), finalists=(), screen=0, hypotheses=False,
+             time_of="lora-r8")  # fmt: skip
 
 
 def pretend(run: Run, accuracy: float, status: str = "ok") -> dict:
@@ -336,16 +337,24 @@ def test_hypotheses_are_screened_at_the_rate_of_the_default():
     scale = dataclasses.replace(MINI, screen=2, time_of="")
     while runs := list(todo(rows, scale)):
         seen.append(runs[0])
-        best = runs[0].variant.name == "sparse-1%" and text(runs[0].rate) == "0.015"
+        best = runs[0].variant.name == "sparse-1%" and text(runs[0].rate) == "0.05"  # its tuned rate
         rows.append(pretend(runs[0], accuracy=0.6 if best else 0.5))
     screened = [run for run in seen if run.role == "screen"]
-    sparse = [run for run in screened if run.variant.name != "lora-r8"]
-    assert {text(run.rate) for run in sparse} == {"0.015"}
+    assert {text(run.rate) for run in screened} == {"0.015"}
     assert {run.steps for run in screened} == {scale.tune_steps}
-    varied = {v.name for h in hypotheses.HYPOTHESES for v in h.variants}
+    varied = {v.name for h in hypotheses.HYPOTHESES if h.base in MINI.claims for v in h.variants}
     assert {(run.variant.name, run.seed) for run in screened} >= set(itertools.product(varied, scale.seeds))
     assert {run.seed for run in screened if run.variant.name == "sparse-1%"} == {1}  # with seed 0 it was tuned so
     assert {run.task for run in screened} == {"toy"}
+
+
+def test_finalists_are_tested_at_the_default_rate_with_the_first_task():
+    rows, seen = [], []
+    while runs := list(todo(rows, dataclasses.replace(MINI, finalists=("per-row",), time_of=""))):
+        seen.append(runs[0])
+        rows.append(pretend(runs[0], accuracy=0.5))
+    finals = [(run.task, run.role, run.seed, text(run.rate)) for run in seen if run.variant.name == "per-row"]
+    assert finals == [("toy", "test", 0, "0.015"), ("toy", "test", 1, "0.015")]
 
 
 def test_an_interrupted_study_goes_on_where_it_was():

@@ -52,21 +52,44 @@ def moved(data, loss_fn, group=None) -> dict[str, dict[str, str]]:
 
 
 def failures(rank: int, group) -> dict[str, str]:
-    """What is told where process 1 alone has no batches, or one that gives no finite loss."""
+    """What is told where process 1 alone has no batches, one that gives no finite loss or gradient, or a wrong word."""
     model = make()
     sparsify(model, select(model, criterion="magnitude", density=0.2, tile=(8, 8)))
     data = list(batches())
+    spoilt = [data[0] / 0]
     tries = {
         "no batch": lambda: digests(make(), data if rank == 0 else [], "grad", group=group),
         "infinite": lambda: digests(make(), data if rank == 0 else [data[0] / 0], "wanda", group=group),
         "nothing to grow by": lambda: drop_and_grow(model, data if rank == 0 else [], 0.5, loss_fn=loss, group=group),
-    }
+        "first batch": lambda: drop_and_grow(model, data if rank == 0 else spoilt, 0.5, loss_fn=loss, group=group),
+        "later batch": lambda: drop_and_grow(model, data if rank == 0 else data[:1] + spoilt, 0.5, loss_fn=loss,
+                                             group=group),
+        "argument": lambda: digests(make(), data, "grad" if rank == 0 else "great", group=group),
+        "argument to grow": lambda: drop_and_grow(model, data, 0.5 if rank == 0 else 2, loss_fn=loss, group=group),
+        "without data": lambda: digests(make(), None, "random" if rank == 0 else "grad", group=group),
+        "targets": lambda: select_targets(rank, group),
+        "fewer sums": lambda: digests(make(), data, "grad", group=group, include=None if rank == 0 else "0.weight"),
+    }  # fmt: skip
     found = {}
     for name, attempt in tries.items():
         with pytest.raises((RuntimeError, ValueError)) as error:
             attempt()
         found[name] = str(error.value)
     return found
+
+
+def select_targets(rank: int, group) -> None:
+    """Process 1 fails while it counts labels, after a selection that needed no data."""
+
+    def batches():
+        yield {"labels": torch.ones(1, 3, dtype=torch.int64)}
+        if rank == 1:
+            raise ValueError("the data end here")
+
+    model = make()
+    model.get_output_embeddings = lambda: model[2]
+    select(model, batches(), criterion="magnitude", density=0.2, tile=(8, 8), structure="entries", train_targets=True,
+           group=group)  # fmt: skip
 
 
 def on_rank(rank: int, folder: str) -> None:
@@ -113,6 +136,14 @@ def test_masks_move_alike_as_in_one_process_that_sees_all_batches(found):
 def test_what_fails_in_one_process_is_told_in_both(found):
     """The other one does not wait for it."""
     one, two = (each["failures"] for each in found)
+    fewer = "group: 1 of its processes are done where others have more to add up"
+    assert one.pop("fewer sums").startswith(fewer) and two.pop("fewer sums").startswith(fewer)
     assert all(message.startswith("group: 1 of its processes failed") for message in one.values())
     assert two["no batch"] == two["nothing to grow by"] == "batches must hold at least one batch, got none"
     assert two["infinite"] == "batch 0: the input of 0.weight's layer is not finite"
+    assert two["first batch"] == "batch 0: the gradient of 0.weight is not finite"
+    assert two["later batch"] == "batch 1: the gradient of 0.weight is not finite"
+    assert two["argument"].startswith("criterion must be")
+    assert two["argument to grow"] == "fraction must lie in [0, 1], got 2"
+    assert two["without data"].startswith("batches must be given")
+    assert two["targets"] == "the data end here"

@@ -3,9 +3,19 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from bench.quality.hypotheses import CLAIMS, DENSITIES, HYPOTHESES, SMALL, SPARSE, UNTRAINED, Variant
+from bench.quality.hypotheses import (
+    CLAIMS,
+    DENSITIES,
+    FINALISTS,
+    HYPOTHESES,
+    SHIPPED,
+    SMALL,
+    SPARSE,
+    UNTRAINED,
+    Variant,
+)
 from bench.quality.store import Row
 
 ROLES = ("tune", "screen", "test", "time")
@@ -23,7 +33,8 @@ class Scale:
         validation_rows, test_rows, other_rows, hellaswag_rows: questions asked at most; 0: all.
         text_rows: of HellaSwag's stories, read as plain text after every run.
         tasks: the first one is also that of the hypotheses.
-        claims: names of the variants. `tuned`: names of variants of which only the best rate is asked.
+        claims: names of the variants. `tuned`: names of variants of which only the best rate is asked. `finalists`:
+            those whose screens were best, tested at the default rate with the first task.
         screen: how many seeds of each hypothesis's variants are compared with their base at the base's rate, over
             `tune_steps` on the validation part; 0: none. `hypotheses`: whether they are also tuned and tested.
         time_of: variant whose CPU time the others get in the second comparison, at equal time; "" for none.
@@ -44,6 +55,7 @@ class Scale:
     tasks: tuple[str, ...]
     claims: tuple[str, ...]
     tuned: tuple[str, ...]
+    finalists: tuple[str, ...]
     screen: int
     hypotheses: bool
     time_of: str
@@ -52,10 +64,10 @@ class Scale:
 FULL = Scale("full", steps=120, batch=16, tune_steps=60, rates=3, extensions=1, validation_rows=0, test_rows=0,
              other_rows=400, hellaswag_rows=400, text_rows=64, seeds=(0, 1, 2), tasks=("banking77", "arc_easy"),
              claims=tuple(v.name for v in CLAIMS),
-             tuned=DENSITIES, screen=2, hypotheses=False, time_of="lora-r8")  # fmt: skip
+             tuned=DENSITIES, finalists=FINALISTS, screen=2, hypotheses=False, time_of="lora-r8")  # fmt: skip
 SMALL_SCALE = Scale("small", steps=16, batch=8, tune_steps=8, rates=2, extensions=0, validation_rows=32, test_rows=80,
                     other_rows=24, hellaswag_rows=24, text_rows=8, seeds=(0,), tasks=("banking77", "arc_easy"),
-                    claims=SMALL, tuned=(), screen=0, hypotheses=False, time_of="")  # fmt: skip
+                    claims=SMALL, tuned=(), finalists=(), screen=0, hypotheses=False, time_of="")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,13 +115,15 @@ def _ordered(rows: Sequence[Row], scale: Scale) -> Iterator[Run]:
     for task in scale.tasks:
         yield Run(scale, UNTRAINED, task, "test", 0.0, 0, 0)
     claims = [v for v in CLAIMS if v.name in scale.claims]
-    extra = [v for h in HYPOTHESES for v in h.variants] if scale.hypotheses else []
+    varied = [v for h in HYPOTHESES for v in h.variants]
+    extra = [replace(v, rates=SHIPPED.rates) for v in varied if v.name in scale.finalists]
+    extra += varied if scale.hypotheses else []
     first = scale.tasks[:1]
     for task in first:
         for variant in claims:
             yield from _tuned(rows, scale, variant, task, ())
         yield from _screened(rows, scale, task)
-        for variant in (v for h in HYPOTHESES for v in h.variants if v.name in scale.tuned):
+        for variant in (v for v in varied if v.name in scale.tuned):
             yield from _tuned(rows, scale, variant, task, ())
     for stage, tasks in ((claims, first), (extra, first), (claims, scale.tasks[1:])):
         for task in tasks:
@@ -127,17 +141,18 @@ def _ordered(rows: Sequence[Row], scale: Scale) -> Iterator[Run]:
 
 
 def _screened(rows, scale: Scale, task: str) -> Iterator[Run]:
-    """Every variant of every hypothesis beside its base, seed by seed, all sparse ones at the rate of SPARSE.
+    """Every variant of every hypothesis beside its base at the base's rate, seed by seed.
 
-    For the first seed the base's tuning at that rate is the same run.
+    SPARSE as a base has the default rate, not its tuned one. For the first seed the base's tuning at that rate is the
+    same run.
     """
-    claims = {v.name: v for v in CLAIMS}
+    claims = {v.name: v for v in CLAIMS} | {SPARSE.name: replace(SPARSE, rates=SHIPPED.rates)}
     for seed in scale.seeds[: scale.screen]:
         for h in HYPOTHESES:
-            bases = [claims[h.base]] if seed != scale.seeds[0] else []
-            for variant in (*bases, *h.variants):
-                rate, _ = choose_rate(rows, scale, claims.get(variant.name, SPARSE), task)
-                if rate is not None:
+            base = claims[h.base]
+            rate, _ = choose_rate(rows, scale, base, task)
+            if rate is not None:
+                for variant in h.variants if seed == scale.seeds[0] else (base, *h.variants):
                     yield Run(scale, variant, task, "screen", rate, seed, scale.tune_steps)
 
 

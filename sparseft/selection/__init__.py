@@ -27,6 +27,7 @@ from sparseft.selection.shares import budget_of, groups_of, shares_of
 from sparseft.selection.structured import couples
 from sparseft.selection.sweeps import score_all
 from sparseft.selection.targets import SHARE, Targets, output_embedding
+from sparseft.selection.together import Team, together
 from sparseft.selection.topk import StreamingTopK
 from sparseft.selection.twice import TwiceBudget
 from sparseft.selection.weights import eligible, is_meant, vectors
@@ -129,53 +130,56 @@ def select(
         RuntimeError: another process of the group failed.
     """
     model = plain(model)
-    rule = find(criterion)
-    shape = rule.structure if structure is None else structure
-    check(density, k, tile, tile_budget, allocation_of(allocation), shape)
-    check_batches(rule, batches, memory)
-    targets = _targets(model, batches, train_targets, exclude)
-    batches = batches if targets is None else targets[1]
-    weights = eligible(model, include, exclude)
-    if not weights:
-        raise ValueError(f"include={include!r} and exclude={exclude!r} leave no weight to select from")
-    pairs = couples(model, weights) if shape == "channels" else []
-    if pairs:
-        coupled = {name for pair in pairs for name in (pair.producer, pair.consumer)}
-        weights = {name: weight for name, weight in weights.items() if name in coupled}
-    sharing = allocation_of(allocation)
-    groups = groups_of(weights, sharing, pairs)
-    shares = shares_of(weights, groups, density, k)
-    edges = int(tile[0]), int(tile[1])
+    with together(group, model) as team:
+        rule = find(criterion)
+        shape = rule.structure if structure is None else structure
+        check(density, k, tile, tile_budget, allocation_of(allocation), shape)
+        check_batches(rule, batches, memory)
+        targets = _targets(model, batches, train_targets, exclude)
+        batches = batches if targets is None else targets[1]
+        weights = eligible(model, include, exclude)
+        if not weights:
+            raise ValueError(f"include={include!r} and exclude={exclude!r} leave no weight to select from")
+        pairs = couples(model, weights) if shape == "channels" else []
+        if pairs:
+            coupled = {name for pair in pairs for name in (pair.producer, pair.consumer)}
+            weights = {name: weight for name, weight in weights.items() if name in coupled}
+        sharing = allocation_of(allocation)
+        groups = groups_of(weights, sharing, pairs)
+        shares = shares_of(weights, groups, density, k)
+        edges = int(tile[0]), int(tile[1])
 
-    def budgets_of(kind: type[Budget]) -> dict[str, AnyBudget]:
-        made: dict[str, AnyBudget] = {}
-        for names, share in zip(groups, shares, strict=True):
-            if share:
-                members = {name: tuple(weights[name].shape) for name in names}
-                budget = budget_of(kind, shape, members, share, edges, tile_budget, sharing, pairs)
-                made |= dict.fromkeys(names, budget)
-        return made
+        def budgets_of(kind: type[Budget]) -> dict[str, AnyBudget]:
+            made: dict[str, AnyBudget] = {}
+            for names, share in zip(groups, shares, strict=True):
+                if share:
+                    members = {name: tuple(weights[name].shape) for name in names}
+                    budget = budget_of(kind, shape, members, share, edges, tile_budget, sharing, pairs)
+                    made |= dict.fromkeys(names, budget)
+            return made
 
-    budgets = budgets_of(Budget)
-    weights = {name: weight for name, weight in weights.items() if name in budgets}
-    dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights.values()) else torch.float32
-    scoring = Scoring(rule, weights, budgets, dtype, seed, group)
-    score_all(scoring, model, batches, loss_fn, memory, lambda: budgets_of(TwiceBudget))
-    budgets = scoring.budgets
-    patterns = {name: budgets[name].patterns[name] for name in weights if name in budgets[name].patterns}
-    if not patterns:
-        asked = f"density {density}" if k is None else f"k={k}"
-        raise ValueError(f"{asked} selects nothing: it is less than half of one of the {shape}")
-    _check_masses(budgets)
-    _report(patterns, set(budgets.values()))
-    entries = sum(map(len, patterns.values()))
-    if train_norms:
-        patterns |= {
-            name: _whole(vector, tile) for name, vector in vectors(model, exclude).items() if name not in patterns
-        }
-    if targets is not None:
-        patterns |= _target_rows(*targets, patterns, int(SHARE * entries), tile, group, asked_for=bool(train_targets))
-    return {name: patterns[name] for name, _ in model.named_parameters() if name in patterns}
+        budgets = budgets_of(Budget)
+        weights = {name: weight for name, weight in weights.items() if name in budgets}
+        dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights.values()) else torch.float32
+        scoring = Scoring(rule, weights, budgets, dtype, seed, team)
+        score_all(scoring, model, batches, loss_fn, memory, lambda: budgets_of(TwiceBudget))
+        budgets = scoring.budgets
+        patterns = {name: budgets[name].patterns[name] for name in weights if name in budgets[name].patterns}
+        if not patterns:
+            asked = f"density {density}" if k is None else f"k={k}"
+            raise ValueError(f"{asked} selects nothing: it is less than half of one of the {shape}")
+        _check_masses(budgets)
+        _report(patterns, set(budgets.values()))
+        entries = sum(map(len, patterns.values()))
+        if train_norms:
+            patterns |= {
+                name: _whole(vector, tile) for name, vector in vectors(model, exclude).items() if name not in patterns
+            }
+        if targets is not None:
+            patterns |= _target_rows(
+                *targets, patterns, int(SHARE * entries), tile, team, asked_for=bool(train_targets)
+            )
+        return {name: patterns[name] for name, _ in model.named_parameters() if name in patterns}
 
 
 def _targets(
@@ -195,10 +199,9 @@ def _targets(
 
 
 def _target_rows(name: str, targets: Targets, patterns: dict[str, Pattern], entries: int, tile: tuple[int, int],
-                 group: dist.ProcessGroup | None, asked_for: bool) -> dict[str, Pattern]:  # fmt: skip
+                 team: Team, asked_for: bool) -> dict[str, Pattern]:  # fmt: skip
     targets.read()
-    if group is not None:
-        targets.add_up(group)
+    targets.add_up(team)
     if asked_for and not targets.counts.any():
         raise ValueError('train_targets: the batches hold no "labels" that are tokens of the vocabulary')
     rows = None if name in patterns else targets.pattern(entries, tile)

@@ -15,7 +15,7 @@ from sparseft.selection.arguments import check_iterable
 from sparseft.selection.budget import Grid, best_tiles
 from sparseft.selection.gradients import Backward
 from sparseft.selection.outer import OuterProduct
-from sparseft.selection.together import together
+from sparseft.selection.together import Team, together
 
 TILES = ("same", "free")
 
@@ -59,37 +59,38 @@ def drop_and_grow(
     Raises:
         ValueError, TypeError: an argument does not fit, the model is not sparsified, a batch gives no loss or no
             gradient, or one that is not finite. The model is as it was.
+        RuntimeError: another process of the group failed.
     """
-    if second_moments is None:
-        check_iterable(batches)
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"fraction must lie in [0, 1], got {fraction}")
-    if tiles not in TILES:
-        raise ValueError(f"tiles must be one of {list(TILES)}, got {tiles!r}")
-    now = selected(model)
-    if not now:
-        raise ValueError("model must be sparsified (sparseft.sparsify), got one without selected weights")
-    growths = {}
-    for name, chosen in now.items():
-        moving = int(fraction * len(chosen.pattern))
-        if moving and not _whole_rows(chosen.pattern):
-            growths[name] = _Growth(chosen, moving, tiles, group)
-    if second_moments is not None:
-        _check_moments(second_moments, {name: now[name].pattern for name in growths})
-        for name, growth in growths.items():
-            growth.look_at(_largest_moments(now[name].pattern, second_moments[name]))
-    elif growths:
-        weights = {name: now[name].weight for name in growths}
-        run = Backward(plain(model), weights, loss_fn)
-        with computing_densely(model), run.prepared(seed):
-            with together(group, next(iter(weights.values())).device):
+    with together(group, model) as team:
+        if second_moments is None:
+            check_iterable(batches)
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"fraction must lie in [0, 1], got {fraction}")
+        if tiles not in TILES:
+            raise ValueError(f"tiles must be one of {list(TILES)}, got {tiles!r}")
+        now = selected(model)
+        if not now:
+            raise ValueError("model must be sparsified (sparseft.sparsify), got one without selected weights")
+        growths = {}
+        for name, chosen in now.items():
+            moving = int(fraction * len(chosen.pattern))
+            if moving and not _whole_rows(chosen.pattern):
+                growths[name] = _Growth(chosen, moving, tiles, team)
+        if second_moments is not None:
+            _check_moments(second_moments, {name: now[name].pattern for name in growths})
+            for name, growth in growths.items():
+                growth.look_at(_largest_moments(now[name].pattern, second_moments[name]))
+        elif growths:
+            weights = {name: now[name].weight for name in growths}
+            run = Backward(plain(model), weights, loss_fn)
+            with computing_densely(model), run.prepared(seed):
                 stream = iter(batches)  # in here, so that a shuffling loader draws from the seeded generator
                 first = list(islice(stream, 1))
                 if not first:
                     raise ValueError("batches must hold at least one batch, got none")
-            for number, batch in enumerate(chain(first, stream)):
-                run(number, batch, lambda name, gradient: growths[name].add(gradient))
-    return {name: growths[name].pattern() if name in growths else chosen.pattern for name, chosen in now.items()}
+                for number, batch in enumerate(chain(first, stream)):
+                    run(number, batch, lambda name, gradient: growths[name].add(gradient))
+        return {name: growths[name].pattern() if name in growths else chosen.pattern for name, chosen in now.items()}
 
 
 def _check_moments(moments: Mapping[str, Tensor], patterns: Mapping[str, Pattern]) -> None:
@@ -146,14 +147,15 @@ class _Growth:
     """
 
     @torch.no_grad()
-    def __init__(self, chosen: Selected, moving: int, tiles: str, group: dist.ProcessGroup | None):
+    def __init__(self, chosen: Selected, moving: int, tiles: str, team: Team):
         refresh_values(chosen)
-        self._pattern, self._moving, self._tiles, self._group = chosen.pattern, moving, tiles, group
+        self._pattern, self._moving, self._tiles, self._team = chosen.pattern, moving, tiles, team
         change = chosen.values.detach() - chosen.base.to(chosen.values.dtype)
         stays = select_topk(change, len(change) - moving)
         self._kept = chosen.pattern.indices()[stays]
         self._grid: Grid | None = None
         self._candidates: Tensor | None = None  # int64 flat positions, ascending
+        self._alike = False  # whether the sums are those of all processes by themselves
         self._sums = change[:0]  # their gradients over this process's batches, fp32 (fp64 for fp64)
 
     @torch.no_grad()
@@ -162,10 +164,7 @@ class _Growth:
         flat = gradient.reshape(-1)
         if self._candidates is None:
             wide = torch.promote_types(flat.dtype, torch.float32)
-            over_all = flat
-            if self._group is not None:
-                over_all = flat.to(wide, copy=True)
-                dist.all_reduce(over_all, group=self._group)
+            over_all = flat if self._team.alone else self._team.add_up(flat.to(wide, copy=True))
             self._candidates = self._best_candidates(_Dense(over_all))
             self._sums = torch.zeros_like(self._candidates, dtype=wide)
         self._sums += flat[self._candidates]
@@ -174,15 +173,14 @@ class _Growth:
         """Grow by these scores in place of gradients."""
         self._candidates = self._best_candidates(scores)
         self._sums = scores.at(self._candidates)
-        self._group = None  # the same scores everywhere: nothing to add up
+        self._alike = True
 
     def pattern(self) -> Pattern:
         """The next pattern; the present one if there was no gradient."""
         if self._candidates is None:
             return self._pattern
-        if self._group is not None:
-            dist.all_reduce(self._sums, group=self._group)
-        grown = self._candidates[select_topk(self._sums, self._moving)]
+        sums = self._sums if self._alike else self._team.add_up(self._sums)
+        grown = self._candidates[select_topk(sums, self._moving)]
         entries = torch.cat([self._kept, grown])
         if self._grid is not None:
             return self._grid.pattern_in_place(entries)

@@ -13,7 +13,6 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparseft.selection.budget import Budget, LineBudget
@@ -22,7 +21,7 @@ from sparseft.selection.gradients import is_finite
 from sparseft.selection.heap import HeapTrim
 from sparseft.selection.rows import RowBudget
 from sparseft.selection.structured import BlockBudget, ChannelBudget, SubnetBudget
-from sparseft.selection.together import together
+from sparseft.selection.together import Team
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ class Scoring:
         weights: by name, in model order. `budgets`: the budget of each.
         dtype: of sums and scores.
         seed: for criteria and models that draw random numbers.
-        group: processes whose sums over batches are added up, None for this one alone.
+        team: processes whose sums over batches are added up.
     """
 
     criterion: Criterion
@@ -45,7 +44,7 @@ class Scoring:
     budgets: dict[str, AnyBudget]
     dtype: torch.dtype
     seed: int
-    group: dist.ProcessGroup | None = None
+    team: Team
 
     @torch.no_grad()
     def without_batches(self, names: Sequence[str]) -> None:
@@ -63,12 +62,12 @@ class Scoring:
         """
         totals: dict[str, Tensor] = {}
         added: set[str] = set()
-        with together(self.group, next(iter(self.weights.values())).device), run.prepared(self.seed):
+        with run.prepared(self.seed):
             stream = iter(batches)  # in here, so that a shuffling loader draws from the seeded generator
             first = list(islice(stream, 2))
             if not first:
                 raise ValueError("batches must hold at least one batch, got none")
-            single = len(first) == 1 and run.one_part and self.group is None
+            single = len(first) == 1 and run.one_part and self.team.alone
             self._log_buffer({} if single else self.sum_bytes(run, names))
 
             heap, before = HeapTrim(), 0
@@ -92,7 +91,7 @@ class Scoring:
             logger.warning("%d weights, the first %s, were not reached and score 0", len(silent), silent[0])
         for name in names:
             if name not in added:
-                self._add(name, self._over_processes(totals.pop(name) if name in totals else self._zeros(name, run)))
+                self._add(name, self.team.add_up(totals.pop(name) if name in totals else self._zeros(name, run)))
 
     def sum_bytes(self, run: Run, names: Iterable[str]) -> dict[str, int]:
         """Bytes of these weights' sums over batches."""
@@ -102,11 +101,6 @@ class Scoring:
         """Bytes that each weight's sum (`sum_bytes`), and after it its waiting scores, take."""
         held = {n: w.numel() * self.dtype.itemsize for n, w in self.weights.items() if self.budgets[n].waits}
         return {name: max(sums.get(name, 0), held.get(name, 0)) for name in self.weights if name in {*sums, *held}}
-
-    def _over_processes(self, total: Tensor) -> Tensor:
-        if self.group is not None:
-            dist.all_reduce(total, group=self.group)
-        return total
 
     def _add(self, name: str, total: Tensor | None) -> None:
         weight = self.weights[name].detach()

@@ -46,7 +46,7 @@ def _plan(
         return 1, everything
     looks = batches is not None and scoring.criterion.accumulate is not None
     run = scoring.criterion.run(model, scoring.weights, loss_fn) if looks else None
-    streams = run is None or (run.one_part and len(batches) == 1 and scoring.group is None)
+    streams = run is None or (run.one_part and len(batches) == 1 and scoring.team.alone)
     sums = {} if run is None or streams else scoring.sum_bytes(run, scoring.weights)
     if sum(scoring.buffer_bytes(sums).values()) <= memory:
         return 1, everything

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparseft.pattern import Pattern
 from sparseft.selection.gradients import IGNORED
+from sparseft.selection.together import Team
 
 SHARE = 0.1  # of the entries chosen otherwise: what the rows may have at most
 
@@ -50,11 +50,9 @@ class Targets:
             return  # not tokens: the classes of another head
         self.counts += torch.bincount(labels, minlength=len(self.counts))
 
-    def add_up(self, group: dist.ProcessGroup) -> None:
+    def add_up(self, team: Team) -> None:
         """Counts over all processes, on all of them."""
-        counts = self.counts.to(self._head.device)
-        dist.all_reduce(counts, group=group)
-        self.counts = counts.cpu()
+        self.counts = team.add_up(self.counts.to(self._head.device)).cpu()
 
     def rows(self, entries: int) -> Tensor:
         """int64, ascending: the most frequent targets, as many as `entries` has room for at a row each.
