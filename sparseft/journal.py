@@ -15,19 +15,22 @@ FREE = ("sparse", "steps", "epochs")  # fields of RunConfig that trials may diff
 class Journal:
     """A file of JSON lines: first what all trials share, then a line for each.
 
+    Args:
+        config: of all trials, but for the FREE fields. `data`: names and fingerprints of their rows.
+
     The file and its folder are made with the first trial.
 
     Attributes:
         seconds, cpu_seconds: of all trials in the file.
 
     Raises:
-        ValueError: the file is there, and its trials were made with another configuration or other held-out rows.
+        ValueError: the file is there, and its trials were made with another configuration or other rows.
     """
 
-    def __init__(self, path: Path, config: RunConfig, held_out: str | None):
+    def __init__(self, path: Path, config: RunConfig, data: dict[str, str | None]):
         self.path = path
         shared = {name: value for name, value in asdict(config).items() if name not in FREE}
-        self._head = json.loads(json.dumps({**shared, "held_out": held_out}))
+        self._head = json.loads(json.dumps({**shared, **data}))
         self._found: dict[str, dict[str, Any]] = {}
         self.seconds = self.cpu_seconds = 0.0
         whole = _whole_lines(path) if path.exists() else []

@@ -183,9 +183,8 @@ class Schedule:
         return moved
 
     def _second_moments(self) -> dict[str, Tensor]:
-        return {
-            name: self.optimizer.state[chosen.values]["exp_avg_sq"] for name, chosen in selected(self.model).items()
-        }
+        states = {name: self.optimizer.state.get(chosen.values, {}) for name, chosen in selected(self.model).items()}
+        return {name: state["exp_avg_sq"] for name, state in states.items() if "exp_avg_sq" in state}
 
     def _others(self) -> dict:
         names = eligible(self.model, self._selection.get("include"), self._selection.get("exclude"))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sparseft import models
-from sparseft.data import Encoder, Examples, read_rows, tokenize
+from sparseft.data import Encoder, Examples, fingerprint, read_rows, tokenize
 from sparseft.evaluation import score
 from sparseft.finetune import Display, RunConfig, trainer_for
 from sparseft.journal import Journal
@@ -80,12 +80,13 @@ class Trials:
     """
 
     def __init__(self, config: RunConfig, held_out: str | None, display: Display, journal: Path | None = None):
-        self._journal = None if journal is None else Journal(journal, config, held_out)
         rows = read_rows(config.data)
         if held_out is None:
             rows, other = split(rows, config.seed)
         else:
             other = read_rows(held_out)
+        data = {"held_out": held_out, "rows_sha256": fingerprint(rows), "held_out_sha256": fingerprint(other)}
+        self._journal = None if journal is None else Journal(journal, config, data)
         self.config, self.display = config, display
         display.stage(f"Load {config.model}")
         self.model, self.tokenizer = models.load(config.model, dtype=config.dtype, device=models.device(config.device))

@@ -141,6 +141,14 @@ def test_growing_by_moments_is_the_dense_reference(tiles, fraction, density):
     assert patterns(model) == found
 
 
+def test_there_are_no_moments_before_the_first_step():
+    model, _ = sparse_model(density=0.1)
+    fresh = SparseAdamW(model)
+    with pytest.raises(ValueError, match="second_moments must hold those of"):
+        Schedule(model, fresh, DropAndGrow(every=1, grow="moments"), 10).step(lambda: [])
+    assert not fresh.state
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (7, 30), (33, 16)])
 @pytest.mark.parametrize("levels", [0, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -330,6 +330,11 @@ def test_an_interrupted_search_goes_on_where_it_was(start, tmp_path, monkeypatch
         file.write('{"setting": {"den')  # killed in the middle of a line
     assert "exists already" in go(tmp_path / "cut", 1000).stderr
     assert "its trials had seed=0, now it is 1" in go(tmp_path / "cut", 1000, "--resume", "--seed", "1").stderr
+    data = start / "train.jsonl"
+    whole_data = data.read_text()
+    data.write_text(whole_data.split("\n", 1)[1])
+    assert "its trials had rows_sha256=" in go(tmp_path / "cut", 1000, "--resume").stderr  # the rows were edited
+    data.write_text(whole_data)
     assert go(tmp_path / "cut", 1000, "--resume").exit_code == 0
     assert len(made) == total  # none was made twice
     resumed = json.loads((tmp_path / "cut" / f"{command}.json").read_text())
@@ -350,14 +355,14 @@ def test_a_journal_that_was_killed_in_its_first_line_begins_anew(tmp_path, kept)
     """Also with the first line whole and no trial after it."""
     path, sparse = tmp_path / "trials.jsonl", SparseConfig()
     settings = RunConfig(model="me", data="rows")
-    Journal(path, settings, None).add(sparse, 3, {"loss": 1.0}, 2.0, 1.0)
+    Journal(path, settings, {"held_out": None}).add(sparse, 3, {"loss": 1.0}, 2.0, 1.0)
     expected = path.read_text()
     path.write_text(expected.splitlines(keepends=True)[0] if kept == "whole" else kept)
-    journal = Journal(path, settings, None)
+    journal = Journal(path, settings, {"held_out": None})
     assert journal.find(sparse, 3) is None and journal.seconds == 0
     journal.add(sparse, 3, {"loss": 1.0}, 2.0, 1.0)
     assert path.read_text() == expected
-    assert Journal(path, settings, None).find(sparse, 3) == {"loss": 1.0}
+    assert Journal(path, settings, {"held_out": None}).find(sparse, 3) == {"loss": 1.0}
 
 
 def test_the_widest_trials_fit_80_columns():
