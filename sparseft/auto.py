@@ -15,8 +15,8 @@ from sparseft.trials import Outcome, Trials
 
 GRID: dict[str, tuple[Any, ...]] = {  # the first values are those that train has without a search
     "criterion": ("balanced", "grad", "taylor", "fisher", "gallop", "magnitude", "random"),
-    "allocation": ("layer", "global", "kind"),
-    "density": (0.01,),
+    "allocation": ("layer", "row", "kind", "global"),
+    "density": (0.01, 0.005, 0.02, 0.05),
     "tile_budget": (0.1, 1.0),
 }
 COUNT = 16  # settings that are tried
@@ -54,7 +54,8 @@ class Plan:
 
 
 def settings(base: SparseConfig, grid: Mapping[str, Sequence[Any]], count: int, seed: int) -> list[SparseConfig]:
-    """`base` and other points of the grid, up to `count`, drawn by the seed; all different.
+    """`base` and other points of the grid, up to `count`, drawn by the seed; all different. Those that differ from `base`
+    in one value come before all others: each says what its one change is worth.
 
     Raises:
         ValueError: a name in the grid is no field of SparseConfig, a value does not fit, or there is but one setting.
@@ -64,7 +65,9 @@ def settings(base: SparseConfig, grid: Mapping[str, Sequence[Any]], count: int, 
         raise ValueError(f"grid: {unknown[0]!r} is no field of SparseConfig")
     points = [replace(base, **dict(zip(grid, values, strict=True))) for values in itertools.product(*grid.values())]
     others = [point for point in points if point != base]
-    chosen = [base, *random.Random(seed).sample(others, min(count - 1, len(others)))]
+    random.Random(seed).shuffle(others)
+    others.sort(key=lambda point: sum(getattr(point, name) != getattr(base, name) for name in grid) > 1)
+    chosen = [base, *others[: count - 1]]
     if len(chosen) < 2:
         raise ValueError("grid: there is but one setting, nothing to choose")
     return chosen

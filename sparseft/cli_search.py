@@ -103,7 +103,7 @@ def auto(
     search: Search,
     output: Annotated[Path, OUTPUT] = Path("auto"),
     minutes: Annotated[float, typer.Option(help="Time for the search, after the model is loaded.")] = 10.0,
-    settings: Annotated[int, typer.Option(min=2, help="Settings to try, drawn from the grid by the seed.")] = 16,
+    settings: Annotated[int, typer.Option(min=2, help="Settings to try: those with one change first.")] = 16,
     criterion: Annotated[list[str] | None, typer.Option(help=f"Criteria {SEVERAL}")] = None,
     allocation: Annotated[list[str] | None, typer.Option(help=f"Allocations {SEVERAL}")] = None,
     density: Annotated[list[float] | None, typer.Option(help=f"Densities {SEVERAL}")] = None,

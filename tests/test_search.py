@@ -173,6 +173,9 @@ def test_settings_are_different_start_with_the_base_and_come_from_the_grid():
     found = auto.settings(base, grid, 4, seed=3)
     assert found == auto.settings(base, grid, 4, seed=3)
     assert found[0] == base and len(set(found)) == 4
+    ones = {replace(base, criterion="fisher"), replace(base, criterion="random"), replace(base, tile_budget=0.1)}
+    assert set(found[1:]) == ones  # one change before two
+    assert len({auto.settings(base, grid, 2, seed)[1] for seed in range(20)}) == 3  # the seed draws
     assert len(auto.settings(base, grid, 100, seed=3)) == 6
     assert all(s == replace(base, criterion=s.criterion, tile_budget=s.tile_budget) for s in found)
     with pytest.raises(ValueError, match="'colour' is no field"):
