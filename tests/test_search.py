@@ -470,7 +470,7 @@ def test_a_search_survives_trainings_that_diverge(start):
 
 @pytest.mark.parametrize(("command", "options", "message"), [
     ("auto", ["--minutes", 0], "minutes must be positive"), ("auto", ["--criterion", "luck"], "criterion"),
-    ("auto", ["--criterion", "grad", "--allocation", "layer", "--tile-budget", 1], "but one setting"),
+    ("auto", ["--criterion", "grad", "--allocation", "layer", "--density", 0.1, "--tile-budget", 1], "but one setting"),
     ("ablate", ["--density", 2], "density"), ("sweep", ["--density", 0], "density"),
     ("sweep", ["--output", "."], "exists already"), ("ablate", ["--held-out", "absent.jsonl"], "absent.jsonl"),
 ], ids=str)  # fmt: skip
