@@ -27,6 +27,7 @@ from bench.quality.__main__ import pretrained
 from bench.quality.execute import Bench, execute
 from bench.quality.hypotheses import DEFAULT, Variant
 from bench.quality.plan import FULL, Run
+from bench.quality.report import paired
 from bench.quality.store import Row, Store
 from bench.quality.tasks import Task, banking77, data_folder, hellaswag, sample
 from sparseft.models import fast_bf16
@@ -90,8 +91,9 @@ def worth(task: Task, chosen: dict[str, Any], default: dict[str, Any], rate: flo
             row = execute(run, bench)
             store.add(row)
         found[name] = row
-    like = {field: found["auto"][field] for field in ("task", "role", "seed", "steps", "batch", "dtype", "rows")}
-    peers = [row for row in (*study, *store.rows()) if row["method"] == "sparse" and row["status"] == "ok"
+    like = {field: found["auto"][field] for field in ("task", "seed", "steps", "batch", "dtype", "rows")}
+    short = [row for row in (*study, *store.rows()) if row["role"] in ("tune", "screen")]
+    peers = [row for row in short if row["method"] == "sparse" and row["status"] == "ok"
              and all(row.get(field) == value for field, value in like.items())]  # fmt: skip
     for name, rows in (("best", peers), ("best_at_rate", [row for row in peers if row["rate"] == rate])):
         found[name] = max(rows, key=lambda row: row["validation_accuracy"])
@@ -108,33 +110,38 @@ def worth(task: Task, chosen: dict[str, Any], default: dict[str, Any], rate: flo
         f"auto's choice is {points['best']:.1f} points below the best of {len(peers)} sparse runs, "
         f"{points['best_at_rate']:.1f} below the best at its rate, which auto does not choose (<= 1)"
     )
-    tested = points_below_best_test(DEFAULT | different, rate, [row for row in study if row["task"] == task.name])
+    tested = against_tests(DEFAULT | different, rate, [row for row in study if row["task"] == task.name])
     if tested is not None:
-        print(f"on the test questions: {tested[0]:.1f} points below the best of {tested[1]} sparse settings (<= 1)")
+        print(f"on the test questions: {tested['points_below']:.2f} points (paired 95 % interval +- "
+              f"{tested['half_interval']:.2f}) below the best of {tested['settings']} sparse settings with "
+              f"{tested['seeds']} seeds, {tested['best']} (<= 1)")  # fmt: skip
     return {**found, "points_below": points, "compared": len(peers), "on_test_questions": tested}
 
 
-def points_below_best_test(chosen: dict[str, Any], rate: float, study: list[Row]) -> tuple[float, int] | None:
-    """How many points a sparse setting's accuracy on the study's test questions lies below the best sparse setting's,
-    each over the seeds that both have; and how many were compared. None if it was not tested.
+def against_tests(chosen: dict[str, Any], rate: float, study: list[Row]) -> dict[str, Any] | None:
+    """How many points a sparse setting's accuracy on the study's test questions lies below that of the best sparse
+    setting, itself included, over the seeds that both have. None if it was not tested.
+
+    Only settings with the most common seeds count: a single seed says little.
 
     Args:
         study: of one task and dtype; only runs of the full study's size count.
     """
-    accuracy: dict[tuple[str, float], dict[float, float]] = {}  # (options, rate) -> seed -> accuracy
+    settings: dict[str, list[Row]] = {}
     size = {"method": "sparse", "role": "test", "status": "ok", "steps": FULL.steps, "batch": FULL.batch}
     for row in study:
         if all(row[field] == value for field, value in size.items()):
-            accuracy.setdefault((row["options"], row["rate"]), {})[row["seed"]] = row["accuracy"]
-    mine = accuracy.get((json.dumps(chosen, sort_keys=True), rate))
+            settings.setdefault(f"{row['options']} at {row['rate']:g}", []).append(row)
+    mine = settings.get(f"{json.dumps(chosen, sort_keys=True)} at {rate:g}")
     if mine is None:
         return None
-    leads = []
-    for other in accuracy.values():
-        seeds = mine.keys() & other.keys()
-        if seeds:
-            leads.append(sum(other[seed] - mine[seed] for seed in seeds) / len(seeds))
-    return 100 * max(leads), len(leads)
+    leads = {name: lead for name, rows in settings.items() if (lead := paired(rows, mine)) is not None}
+    most = max(seeds for _, _, seeds in leads.values())
+    leads = {name: lead for name, lead in leads.items() if lead[2] == most}
+    best = max(leads, key=lambda name: leads[name][0])
+    lead, half, _ = leads[best]
+    return {"points_below": 100 * lead, "half_interval": 100 * half, "best": best, "settings": len(leads),
+            "seeds": most}  # fmt: skip
 
 
 def _known(rows: list[Row], run: Run) -> Row | None:

@@ -54,8 +54,9 @@ class Plan:
 
 
 def settings(base: SparseConfig, grid: Mapping[str, Sequence[Any]], count: int, seed: int) -> list[SparseConfig]:
-    """`base` and other points of the grid, up to `count`, drawn by the seed; all different. Those that differ from `base`
-    in one value come before all others: each says what its one change is worth.
+    """`base` and other points of the grid, up to `count`, drawn by the seed; all different.
+
+    Those that differ from `base` in one value come before all others: each says what its one change is worth.
 
     Raises:
         ValueError: a name in the grid is no field of SparseConfig, a value does not fit, or there is but one setting.

@@ -21,7 +21,7 @@ from bench.quality.plan import Run, Scale, choose_rate, text, todo, tuning
 from bench.quality.store import Store
 from bench.quality.tasks import Item, Task
 from bench.quality.training import Schedule, batches, loss_of, train
-from bench.search import points_below_best_test
+from bench.search import against_tests
 from sparseft.layers import selected
 from sparseft.optim import SparseAdamW
 
@@ -530,17 +530,19 @@ def test_the_real_data(data_folder):
 
 
 def test_a_choice_is_held_against_the_best_tested_setting_over_common_seeds():
-    def tested(options: dict, rate: float, seed: int, accuracy: float, **fields) -> dict:
+    def tested(options: dict, rate: float, seed: int, right: int, **fields) -> dict:
         row = {"method": "sparse", "role": "test", "status": "ok", "options": json.dumps(options, sort_keys=True),
                "steps": plan.FULL.steps, "batch": plan.FULL.batch}  # fmt: skip
-        return {**row, "rate": rate, "seed": seed, "accuracy": accuracy, **fields}
+        hits = pack_hits([question < right for question in range(100)])
+        return {**row, "rate": rate, "seed": seed, "rows": 100, "hits": hits, **fields}
 
     mine, other = {"criterion": "grad"}, {"criterion": "random"}
-    rows = [tested(mine, 0.1, 0, 0.90), tested(mine, 0.1, 1, 0.80), tested(other, 0.1, 1, 0.83),
-            tested(other, 0.2, 0, 0.92), tested(other, 0.2, 1, 0.80), tested(other, 0.3, 2, 0.99),
-            tested(other, 0.4, 0, 1.0, method="lora"), tested(other, 0.4, 0, 1.0, role="tune"),
-            tested(other, 0.4, 0, 1.0, steps=24.0)]  # fmt: skip
-    below, count = points_below_best_test(mine, 0.1, rows)
-    assert below == pytest.approx(3.0) and count == 3  # mine, and two of the others
-    assert points_below_best_test(other, 0.1, rows)[0] == pytest.approx(0.0)
-    assert points_below_best_test(mine, 0.2, rows) is None
+    rows = [tested(mine, 0.1, 0, 90), tested(mine, 0.1, 1, 80), tested(other, 0.1, 1, 95), tested(other, 0.2, 0, 92),
+            tested(other, 0.2, 1, 80), tested(other, 0.3, 2, 99), tested(other, 0.4, 0, 100, method="lora"),
+            tested(other, 0.4, 0, 100, role="tune"), tested(other, 0.4, 0, 100, steps=24.0)]  # fmt: skip
+    found = against_tests(mine, 0.1, rows)
+    assert found["points_below"] == pytest.approx(1.0)  # 92 and 80 against 90 and 80; a single seed does not count
+    assert (found["settings"], found["seeds"], found["best"]) == (2, 2, '{"criterion": "random"} at 0.2')
+    assert 0 < found["half_interval"] < 2
+    assert against_tests(other, 0.2, rows)["points_below"] == pytest.approx(0.0)
+    assert against_tests(mine, 0.2, rows) is None
