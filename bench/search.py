@@ -139,8 +139,8 @@ def against_tests(chosen: dict[str, Any], rate: float, study: list[Row]) -> dict
     most = max(seeds for _, _, seeds in leads.values())
     leads = {name: lead for name, lead in leads.items() if lead[2] == most}
     best = max(leads, key=lambda name: leads[name][0])
-    lead, half, _ = leads[best]
-    return {"points_below": 100 * lead, "half_interval": 100 * half, "best": best, "settings": len(leads),
+    below, half, _ = leads[best]
+    return {"points_below": 100 * below, "half_interval": 100 * half, "best": best, "settings": len(leads),
             "seeds": most}  # fmt: skip
 
 
