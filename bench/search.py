@@ -127,15 +127,16 @@ def against_tests(chosen: dict[str, Any], rate: float, study: list[Row]) -> dict
     Args:
         study: of one task and dtype; only runs of the full study's size count.
     """
-    settings: dict[str, list[Row]] = {}
+    settings: dict[str, dict[float, Row]] = {}  # of each seed one run
     size = {"method": "sparse", "role": "test", "status": "ok", "steps": FULL.steps, "batch": FULL.batch}
     for row in study:
         if all(row[field] == value for field, value in size.items()):
-            settings.setdefault(f"{row['options']} at {row['rate']:g}", []).append(row)
+            settings.setdefault(f"{row['options']} at {row['rate']:g}", {})[row["seed"]] = row
     mine = settings.get(f"{json.dumps(chosen, sort_keys=True)} at {rate:g}")
     if mine is None:
         return None
-    leads = {name: lead for name, rows in settings.items() if (lead := paired(rows, mine)) is not None}
+    runs = list(mine.values())
+    leads = {name: lead for name, rows in settings.items() if (lead := paired(list(rows.values()), runs)) is not None}
     most = max(seeds for _, _, seeds in leads.values())
     leads = {name: lead for name, lead in leads.items() if lead[2] == most}
     best = max(leads, key=lambda name: leads[name][0])

@@ -59,13 +59,19 @@ def settings(base: SparseConfig, grid: Mapping[str, Sequence[Any]], count: int, 
     Those that differ from `base` in one value come before all others: each says what its one change is worth.
 
     Raises:
-        ValueError: a name in the grid is no field of SparseConfig, a value does not fit, or there is but one setting.
+        ValueError: a name in the grid is no field of SparseConfig or has no value, a value does not fit, `count` is
+            less than 2, or there is but one setting.
     """
+    if count < 2:
+        raise ValueError(f"count must be at least 2, got {count}")
     unknown = [name for name in grid if not hasattr(base, name)]
     if unknown:
         raise ValueError(f"grid: {unknown[0]!r} is no field of SparseConfig")
+    empty = [name for name, values in grid.items() if not values]
+    if empty:
+        raise ValueError(f"grid: {empty[0]!r} must have at least one value, got none")
     points = [replace(base, **dict(zip(grid, values, strict=True))) for values in itertools.product(*grid.values())]
-    others = [point for point in points if point != base]
+    others = [point for i, point in enumerate(points) if point not in (base, *points[:i])]
     random.Random(seed).shuffle(others)
     others.sort(key=lambda point: sum(getattr(point, name) != getattr(base, name) for name in grid) > 1)
     chosen = [base, *others[: count - 1]]
@@ -182,8 +188,6 @@ def choose(trials: Trials, minutes: float, grid: Mapping[str, Sequence[Any]] | N
     """
     if not minutes > 0:
         raise ValueError(f"minutes must be positive, got {minutes}")
-    if count < 2:
-        raise ValueError(f"count must be at least 2, got {count}")
     base = trials.config.sparse
     candidates = settings(base, GRID if grid is None else grid, count, trials.config.seed)
     trials.display.stage(f"Choose among {len(candidates)} settings in {minutes:g} minutes")

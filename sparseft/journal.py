@@ -40,6 +40,8 @@ class Journal:
         different = [name for name in self._head if head.get(name) != self._head[name]]
         if different:
             name = different[0]
+            if name not in head:
+                raise ValueError(f"{path}: made by another version of sparseft; start anew in another folder")
             raise ValueError(f"{path}: its trials had {name}={head.get(name)!r}, now it is {self._head[name]!r}")
         for line in lines:
             self._take(line)

@@ -14,6 +14,7 @@ from sparseft.optim import SparseAdamW
 from sparseft.reselection import LEAVING, Moved, patterns, reselect
 from sparseft.selection import eligible, select
 from sparseft.selection.growth import TILES, drop_and_grow
+from sparseft.selection.together import together
 
 logger = logging.getLogger(__name__)
 
@@ -168,13 +169,15 @@ class Schedule:
         self.step_count += 1
         if not self.due:
             return None
-        data = batches() if callable(batches) else batches
+        with together(self._group, self.model):
+            data = batches() if callable(batches) else batches
+            by_moments = isinstance(self.plan, DropAndGrow) and self.plan.grow == "moments"
+            moments = self._second_moments() if by_moments else None
         common: dict[str, Any] = {
             "loss_fn": self._loss_fn, "seed": self._seed + self.step_count, "group": self._group,
         }  # fmt: skip
         if isinstance(self.plan, DropAndGrow):
             share = self.plan.share(self.step_count, self.steps)
-            moments = self._second_moments() if self.plan.grow == "moments" else None
             chosen = drop_and_grow(self.model, data, share, tiles=self.plan.tiles, second_moments=moments, **common)
         else:
             chosen = self._others() | select(self.model, data, **common, **self._selection)

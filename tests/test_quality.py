@@ -546,3 +546,4 @@ def test_a_choice_is_held_against_the_best_tested_setting_over_common_seeds():
     assert 0 < found["half_interval"] < 2
     assert against_tests(other, 0.2, rows)["points_below"] == pytest.approx(0.0)
     assert against_tests(mine, 0.2, rows) is None
+    assert against_tests(mine, 0.1, [*rows, rows[0]]) == found  # a run that is there twice is one

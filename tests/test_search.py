@@ -182,6 +182,11 @@ def test_settings_are_different_start_with_the_base_and_come_from_the_grid():
         auto.settings(base, {"colour": (1,)}, 4, seed=0)
     with pytest.raises(ValueError, match="but one setting"):
         auto.settings(base, {"density": (0.02,)}, 4, seed=0)
+    with pytest.raises(ValueError, match="count must be at least 2, got 1"):
+        auto.settings(base, grid, 1, seed=0)
+    with pytest.raises(ValueError, match="grid: 'density' must have at least one value"):
+        auto.settings(base, {"density": ()}, 4, seed=0)
+    assert len(auto.settings(base, {"density": (0.02, 0.05, 0.05)}, 9, seed=0)) == 2
 
 
 # ---- groups, splits, plots --------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparseft import sparsify
+from sparseft import DropAndGrow, Schedule, sparsify
 from sparseft.selection.growth import drop_and_grow
 from tests.tiny import select_entries as select
 
@@ -68,14 +68,30 @@ def failures(rank: int, group) -> dict[str, str]:
         "argument to grow": lambda: drop_and_grow(model, data, 0.5 if rank == 0 else 2, loss_fn=loss, group=group),
         "without data": lambda: digests(make(), None, "random" if rank == 0 else "grad", group=group),
         "targets": lambda: select_targets(rank, group),
+        "unlike sums": lambda: digests(make(), data, "grad", group=group, include=["0.weight", "2.weight"][rank]),
+        "unlike results": lambda: digests(make(), data, "grad", group=group, k=20 + rank),
+        "unlike seeds": lambda: digests(make(), None, "random", group=group, seed=rank),
+        "user": lambda: digests(make(), data, broken if rank == 1 else gradient_itself, group=group),
+        "schedule": lambda: Schedule(model, None, DropAndGrow(every=1), 9, loss_fn=loss, group=group).step(
+            lambda: data if rank == 0 else broken(None, None, None)),
+        "no model": lambda: digests(make() if rank == 0 else None, data, "grad", group=group),
         "fewer sums": lambda: digests(make(), data, "grad", group=group, include=None if rank == 0 else "0.weight"),
     }  # fmt: skip
     found = {}
     for name, attempt in tries.items():
-        with pytest.raises((RuntimeError, ValueError)) as error:
+        with pytest.raises((RuntimeError, ValueError, AttributeError, TypeError)) as error:
             attempt()
         found[name] = str(error.value)
+    assert digests(make(), data, "grad", group=group) == digests(make(), data, "grad")  # as if nothing had been
     return found
+
+
+def gradient_itself(name, weight, gradient):
+    return gradient
+
+
+def broken(name, weight, gradient):
+    raise ValueError("a user's mistake")
 
 
 def select_targets(rank: int, group) -> None:
@@ -136,9 +152,10 @@ def test_masks_move_alike_as_in_one_process_that_sees_all_batches(found):
 def test_what_fails_in_one_process_is_told_in_both(found):
     """The other one does not wait for it."""
     one, two = (each["failures"] for each in found)
-    fewer = "group: 1 of its processes are done where others have more to add up"
-    assert one.pop("fewer sums").startswith(fewer) and two.pop("fewer sums").startswith(fewer)
-    assert all(message.startswith("group: 1 of its processes failed") for message in one.values())
+    for name in ("fewer sums", "unlike sums", "unlike results", "unlike seeds"):
+        assert "add up different things, or come to different results" in one.pop(name) == two.pop(name)
+    assert set(one.values()) == {"group: another of its processes failed; the reason is in its own error"}
+    assert two["user"] == two["schedule"] == "a user's mistake"
     assert two["no batch"] == two["nothing to grow by"] == "batches must hold at least one batch, got none"
     assert two["infinite"] == "batch 0: the input of 0.weight's layer is not finite"
     assert two["first batch"] == "batch 0: the gradient of 0.weight is not finite"

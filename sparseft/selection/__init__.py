@@ -27,7 +27,7 @@ from sparseft.selection.shares import budget_of, groups_of, shares_of
 from sparseft.selection.structured import couples
 from sparseft.selection.sweeps import score_all
 from sparseft.selection.targets import SHARE, Targets, output_embedding
-from sparseft.selection.together import Team, together
+from sparseft.selection.together import Team, agree, together
 from sparseft.selection.topk import StreamingTopK
 from sparseft.selection.twice import TwiceBudget
 from sparseft.selection.weights import eligible, is_meant, vectors
@@ -127,7 +127,7 @@ def select(
     Raises:
         ValueError, TypeError: an argument does not fit, a batch gives no finite loss or no gradient, a score is not
             finite (the weight and the batch are named), or all are zero. The model is as it was.
-        RuntimeError: another process of the group failed.
+        RuntimeError: another process of the group failed, or comes to other patterns.
     """
     model = plain(model)
     with together(group, model) as team:
@@ -179,7 +179,9 @@ def select(
             patterns |= _target_rows(
                 *targets, patterns, int(SHARE * entries), tile, team, asked_for=bool(train_targets)
             )
-        return {name: patterns[name] for name, _ in model.named_parameters() if name in patterns}
+        patterns = {name: patterns[name] for name, _ in model.named_parameters() if name in patterns}
+        agree(team, patterns)
+        return patterns
 
 
 def _targets(

@@ -15,7 +15,7 @@ from sparseft.selection.arguments import check_iterable
 from sparseft.selection.budget import Grid, best_tiles
 from sparseft.selection.gradients import Backward
 from sparseft.selection.outer import OuterProduct
-from sparseft.selection.together import Team, together
+from sparseft.selection.together import Team, agree, together
 
 TILES = ("same", "free")
 
@@ -59,7 +59,7 @@ def drop_and_grow(
     Raises:
         ValueError, TypeError: an argument does not fit, the model is not sparsified, a batch gives no loss or no
             gradient, or one that is not finite. The model is as it was.
-        RuntimeError: another process of the group failed.
+        RuntimeError: another process of the group failed, or comes to other patterns.
     """
     with together(group, model) as team:
         if second_moments is None:
@@ -90,7 +90,9 @@ def drop_and_grow(
                     raise ValueError("batches must hold at least one batch, got none")
                 for number, batch in enumerate(chain(first, stream)):
                     run(number, batch, lambda name, gradient: growths[name].add(gradient))
-        return {name: growths[name].pattern() if name in growths else chosen.pattern for name, chosen in now.items()}
+        found = {name: growths[name].pattern() if name in growths else chosen.pattern for name, chosen in now.items()}
+        agree(team, found)
+        return found
 
 
 def _check_moments(moments: Mapping[str, Tensor], patterns: Mapping[str, Pattern]) -> None:
@@ -149,7 +151,8 @@ class _Growth:
     @torch.no_grad()
     def __init__(self, chosen: Selected, moving: int, tiles: str, team: Team):
         refresh_values(chosen)
-        self._pattern, self._moving, self._tiles, self._team = chosen.pattern, moving, tiles, team
+        self._name, self._pattern, self._moving = chosen.name, chosen.pattern, moving
+        self._tiles, self._team = tiles, team
         change = chosen.values.detach() - chosen.base.to(chosen.values.dtype)
         stays = select_topk(change, len(change) - moving)
         self._kept = chosen.pattern.indices()[stays]
@@ -164,7 +167,7 @@ class _Growth:
         flat = gradient.reshape(-1)
         if self._candidates is None:
             wide = torch.promote_types(flat.dtype, torch.float32)
-            over_all = flat if self._team.alone else self._team.add_up(flat.to(wide, copy=True))
+            over_all = flat if self._team.alone else self._team.add_up(flat.to(wide, copy=True), self._name)
             self._candidates = self._best_candidates(_Dense(over_all))
             self._sums = torch.zeros_like(self._candidates, dtype=wide)
         self._sums += flat[self._candidates]
@@ -179,7 +182,7 @@ class _Growth:
         """The next pattern; the present one if there was no gradient."""
         if self._candidates is None:
             return self._pattern
-        sums = self._sums if self._alike else self._team.add_up(self._sums)
+        sums = self._sums if self._alike else self._team.add_up(self._sums, self._name)
         grown = self._candidates[select_topk(sums, self._moving)]
         entries = torch.cat([self._kept, grown])
         if self._grid is not None:

@@ -91,7 +91,8 @@ class Scoring:
             logger.warning("%d weights, the first %s, were not reached and score 0", len(silent), silent[0])
         for name in names:
             if name not in added:
-                self._add(name, self.team.add_up(totals.pop(name) if name in totals else self._zeros(name, run)))
+                total = totals.pop(name) if name in totals else self._zeros(name, run)
+                self._add(name, self.team.add_up(total, name))
 
     def sum_bytes(self, run: Run, names: Iterable[str]) -> dict[str, int]:
         """Bytes of these weights' sums over batches."""

@@ -52,7 +52,7 @@ class Targets:
 
     def add_up(self, team: Team) -> None:
         """Counts over all processes, on all of them."""
-        self.counts = team.add_up(self.counts.to(self._head.device)).cpu()
+        self.counts = team.add_up(self.counts.to(self._head.device), "counts of targets").cpu()
 
     def rows(self, entries: int) -> Tensor:
         """int64, ascending: the most frequent targets, as many as `entries` has room for at a row each.
