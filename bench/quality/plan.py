@@ -61,7 +61,7 @@ class Scale:
     time_of: str
 
 
-FULL = Scale("full", steps=120, batch=16, tune_steps=60, rates=3, extensions=1, validation_rows=0, test_rows=0,
+FULL = Scale("full", steps=120, batch=16, tune_steps=60, rates=3, extensions=1, validation_rows=0, test_rows=1000,
              other_rows=400, hellaswag_rows=400, text_rows=64, seeds=(0, 1, 2), tasks=("banking77", "arc_easy"),
              claims=tuple(v.name for v in CLAIMS),
              tuned=DENSITIES, finalists=FINALISTS, screen=2, hypotheses=False, time_of="lora-r8")  # fmt: skip
