@@ -1,7 +1,7 @@
 // scatter_delta_: write k values into the selected entries of one or several weights.
 #include <torch/csrc/stable/library.h>
 
-#include "worklist.h"
+#include "pieces.h"
 
 namespace sparseft {
 namespace {
@@ -22,11 +22,9 @@ void write(WriteMode mode, Wide<T> alpha, T& weight, V& value) {
 template <typename T, typename V>
 void scatter(const std::vector<T*>& weights, const std::vector<Shape>& shapes, V* values, const Worklist& work,
              WriteMode mode, double alpha) {
-  for_each_span(work, 4096, [&](const Run* begin, const Run* end) {
-    T* at[kRun];
-    addresses(work, weights, shapes, begin, end, at);
-    const int64_t first = begin->first, count = end[-1].last - first;
-    for (int64_t i = 0; i < count; ++i) write(mode, static_cast<Wide<T>>(alpha), *at[i], values[first + i]);
+  for_each_piece(work, weights, shapes, 4096, [&](const Piece<T>& piece) {
+    for (int64_t i = 0; i < piece.count; ++i)
+      write(mode, static_cast<Wide<T>>(alpha), *piece.at[i], values[piece.first + i]);
   });
 }
 

@@ -6,7 +6,7 @@
 #include <cmath>
 
 #include "../rounding.h"
-#include "worklist.h"
+#include "pieces.h"
 
 namespace sparseft {
 namespace {
@@ -123,10 +123,8 @@ void adamw(const std::vector<T*>& weights, const std::vector<Shape>& shapes, con
   std::vector<Correction<W>> of_layer;
   for (size_t layer = 0; layer < weights.size(); ++layer)
     of_layer.push_back(correction<W>(lr, beta1, beta2, state.step[layer]));
-  for_each_span(work, 2048, [&](const Run* begin, const Run* end) {
-    T* at[kRun];
-    addresses(work, weights, shapes, begin, end, at);
-    const int64_t start = begin->first, count = end[-1].last - start, layer = begin->tile->layer;
+  for_each_piece(work, weights, shapes, 2048, [&](const Piece<T>& piece) {
+    const int64_t start = piece.first, count = piece.count, layer = piece.layer;
     const auto towards = [&](W* values, auto target) {
       const auto at_rates = [&](auto rate, auto root) {
         update<W>(Span<W, decltype(target), decltype(rate)>{count, values, state.grad + start, state.exp_avg + start,
@@ -135,7 +133,7 @@ void adamw(const std::vector<T*>& weights, const std::vector<Shape>& shapes, con
       };
       if (!state.born) return at_rates(Same<W>{of_layer[layer].rate}, Same<W>{of_layer[layer].root});
       Corrections<W> of_age(lr, beta1, beta2);
-      W rate[kRun], root[kRun];
+      W rate[kPiece], root[kPiece];
       for (int64_t i = 0; i < count; ++i) {
         const Correction<W>& own = of_age(state.step[layer] - state.born[start + i]);
         rate[i] = own.rate;
@@ -148,7 +146,7 @@ void adamw(const std::vector<T*>& weights, const std::vector<Shape>& shapes, con
       if constexpr (std::is_same_v<T, W>) {
         towards(values, state.base + start);
       } else {
-        W base[kRun];
+        W base[kPiece];
         std::copy_n(state.base + start, count, base);
         towards(values, static_cast<const W*>(base));
       }
@@ -157,12 +155,12 @@ void adamw(const std::vector<T*>& weights, const std::vector<Shape>& shapes, con
     if constexpr (std::is_same_v<V, W>) {
       updated(values);
     } else {
-      W wide[kRun];
+      W wide[kPiece];
       std::copy_n(values, count, wide);
       updated(wide);
       round_span(wide, count, random_word(state.seed, state.step[layer]), start, values);
     }
-    for (int64_t i = 0; i < count; ++i) *at[i] = static_cast<T>(values[i]);
+    for (int64_t i = 0; i < count; ++i) *piece.at[i] = static_cast<T>(values[i]);
   });
 }
 

@@ -1,8 +1,6 @@
 // Walking a worklist on the CPU: bounds checks before, then runs of entries on all threads.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <vector>
 
@@ -91,53 +89,6 @@ inline std::vector<Run> runs_of(const Worklist& work) {
     for (int64_t first = tile->entry0; first < tile->entry1; first += kRun)
       runs.push_back({tile, first, std::min(first + kRun, tile->entry1)});
   return runs;
-}
-
-// Calls f(begin, end) for all runs of the worklist, a few neighbouring ones of a layer at a time: together at most kRun
-// entries, which lie next to each other. A thread gets about `grain` entries or more. f must not throw.
-template <typename F>
-void for_each_span(const Worklist& work, int64_t grain, const F& f) {
-  const std::vector<Run> runs = runs_of(work);
-  std::vector<int64_t> start;  // entries before each run: threads share the entries, not the runs
-  start.reserve(runs.size());
-  int64_t total = 0;
-  for (const Run& run : runs) {
-    start.push_back(total);
-    total += run.last - run.first;
-  }
-  torch::stable::parallel_for(0, total, grain, [&](int64_t entry0, int64_t entry1) {
-    const auto run_at = [&](int64_t entry) {
-      return runs.data() + (std::lower_bound(start.begin(), start.end(), entry) - start.begin());
-    };
-    const Run *begin = run_at(entry0), *last = run_at(entry1);
-    while (begin != last) {
-      const Run* end = begin + 1;
-      while (end != last && end->first == end[-1].last && end->last - begin->first <= kRun &&
-             end->tile->layer == begin->tile->layer)
-        ++end;
-      f(begin, end);
-      begin = end;
-    }
-  });
-}
-
-// Where the entries of neighbouring runs (as of for_each_span) lie in the weights. Each address is asked for at once:
-// the lines are far apart, and arrive while the others are worked out.
-template <typename T>
-void addresses(const Worklist& work, const std::vector<T*>& weights, const std::vector<Shape>& shapes, const Run* begin,
-               const Run* end, T** to) {
-  const int64_t layer = begin->tile->layer, stride = shapes[layer].cols;
-  T* const weight = weights[layer];
-  const Divider width = work.width;
-  for (const Run* run = begin; run != end; ++run) {
-    for (int64_t e = run->first; e < run->last; ++e) {
-      const uint32_t row = width.quotient(work.local[e]);
-      const uint32_t col = work.local[e] - row * width.size;
-      T* address = weight + work.rows[run->tile->row0 + row] * stride + work.cols[run->tile->col0 + col];
-      __builtin_prefetch(address, 1);
-      *to++ = address;
-    }
-  }
 }
 
 }  // namespace sparseft

@@ -1,0 +1,109 @@
+// The entries of all layers, a small piece at a time, with their weights' cache lines asked for well before.
+//
+// The lines are far apart: no hardware prefetcher finds them. A core has only some dozens of requests to memory under
+// way, and twice as many where they end in the second-level cache: there they are asked for, some pieces ahead of the
+// one that is worked on.
+#pragma once
+
+#include "worklist.h"
+
+namespace sparseft {
+
+constexpr int64_t kPiece = 128;  // entries at most: the work around each is little beside that
+constexpr int64_t kAhead = 4;    // pieces whose lines are under way or there: 32 KiB of that cache
+
+// Neighbouring entries of a layer, and where they lie in its weight.
+template <typename T>
+struct Piece {
+  int64_t layer;
+  int64_t first;
+  int64_t count;
+  T* at[kPiece];
+};
+
+// The pieces of the tiles [begin, end), in order.
+template <typename T>
+class Pieces {
+ public:
+  Pieces(const Worklist& work, const std::vector<T*>& weights, const std::vector<Shape>& shapes, const Tile* begin,
+         const Tile* end)
+      : work_(work),
+        weights_(weights),
+        shapes_(shapes),
+        tile_(begin),
+        end_(end) {
+    if (tile_ != end_) entry_ = tile_->entry0;
+  }
+
+  // Makes the next piece and asks for its lines; false if there is none.
+  bool next(Piece<T>& piece) {
+    while (tile_ != end_ && entry_ == tile_->entry1) go_on();
+    if (tile_ == end_) return false;
+    piece.layer = tile_->layer;
+    piece.first = entry_;
+    piece.count = 0;
+    do {
+      const int64_t last = std::min(tile_->entry1, entry_ + kPiece - piece.count);
+      ask_for(entry_, last, piece.at + piece.count);
+      piece.count += last - entry_;
+      entry_ = last;
+      if (last < tile_->entry1) break;
+      go_on();
+    } while (tile_ != end_ && piece.count < kPiece && entry_ == piece.first + piece.count &&
+             tile_->layer == piece.layer);
+    return true;
+  }
+
+ private:
+  void go_on() {
+    if (++tile_ != end_) entry_ = tile_->entry0;
+  }
+
+  void ask_for(int64_t first, int64_t last, T** to) const {
+    const int64_t stride = shapes_[tile_->layer].cols;
+    T* const weight = weights_[tile_->layer];
+    const int32_t *rows = work_.rows.data + tile_->row0, *cols = work_.cols.data + tile_->col0;
+    const Divider width = work_.width;
+    for (int64_t e = first; e < last; ++e) {
+      const uint32_t row = width.quotient(work_.local[e]);
+      const uint32_t col = work_.local[e] - row * width.size;
+      T* address = weight + rows[row] * stride + cols[col];
+      __builtin_prefetch(address, 0, /*second-level cache*/ 2);
+      *to++ = address;
+    }
+  }
+
+  const Worklist& work_;
+  const std::vector<T*>& weights_;
+  const std::vector<Shape>& shapes_;
+  const Tile *tile_, *end_;
+  int64_t entry_ = 0;  // of tile_
+};
+
+// Calls f(piece) for all entries of a worklist with rows and cols. A thread gets about `grain` entries or more. f must
+// not throw.
+template <typename T, typename F>
+void for_each_piece(const Worklist& work, const std::vector<T*>& weights, const std::vector<Shape>& shapes,
+                    int64_t grain, const F& f) {
+  const Tile *const begin = work.tiles, *const end = begin + work.size;
+  int64_t total = 0;
+  for (const Tile* tile = begin; tile != end; ++tile) total += tile->entry1 - tile->entry0;
+  torch::stable::parallel_for(0, total, grain, [&](int64_t entry0, int64_t entry1) {
+    // Threads share the entries, not the tiles: a tile belongs to who has its first entry.
+    const auto tile_at = [&](int64_t entry) {
+      const Tile* tile = begin;
+      for (int64_t before = 0; tile != end && before < entry; ++tile) before += tile->entry1 - tile->entry0;
+      return tile;
+    };
+    Pieces<T> pieces(work, weights, shapes, tile_at(entry0), tile_at(entry1));
+    Piece<T> ring[kAhead];
+    int64_t made = 0;
+    while (made < kAhead && pieces.next(ring[made])) ++made;
+    for (int64_t done = 0; done < made; ++done) {
+      f(ring[done % kAhead]);
+      if (pieces.next(ring[made % kAhead])) ++made;  // in the place of the one that is done
+    }
+  });
+}
+
+}  // namespace sparseft
