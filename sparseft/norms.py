@@ -15,13 +15,19 @@ from torch.autograd.function import once_differentiable
 
 class RMSNorm(torch.autograd.Function):
     """weight * (x / rms(x)), rounded to x's dtype before the weight comes (Llama's formula: the fp32 inside is part of
-    it)."""
+    it).
+
+    `fixed`: the weight and epsilon; `trained`: what gets the weight's gradient, in its own dtype: its leaf, where that
+    holds all of it in its order, or the weight itself. (Two tensors and no more: see `layers.Fixed`.)
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, eps):
+    def forward(ctx, x, trained, fixed):
+        weight, eps = fixed
         wide = x.to(torch.float32)
         rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, rstd, weight)
+        ctx.dtype = trained.dtype
         return weight * (wide * rstd).to(x.dtype)
 
     @staticmethod
@@ -33,26 +39,13 @@ class RMSNorm(torch.autograd.Function):
         grad = grad_out.to(torch.float32)
         normed = x.to(torch.float32) * rstd
         if need_weight:
-            grad_weight = (grad * normed).reshape(-1, weight.numel()).sum(0).to(weight.dtype)
+            grad_weight = (grad * normed).reshape(-1, weight.numel()).sum(0).to(ctx.dtype)
         if need_x:
             # y = w x / r, r = sqrt(mean x^2 + eps): dx = (w dy - y0 mean(w dy y0)) / r with y0 = x / r
             grad = grad * weight
             along = (grad * normed).mean(-1, keepdim=True)
             grad_x = grad.sub_(normed.mul_(along)).mul_(rstd).to(x.dtype)
         return grad_x, grad_weight, None
-
-
-class OfLeaf(torch.autograd.Function):
-    """A weight that is the gradient's way to its leaf: `values` holds all of it, in its order, in its own dtype."""
-
-    @staticmethod
-    def forward(ctx, values, weight):
-        ctx.dtype = values.dtype
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx, grad_weight):
-        return grad_weight.to(ctx.dtype), None
 
 
 class LeanRMSNorm(nn.Module):
@@ -68,11 +61,9 @@ class LeanRMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """x [..., K] -> the plain norm's output, bit for bit."""
-        weight: Tensor = self.weight
         about = self.__dict__.get("_sparseft")
-        if about is not None and not about["weight"]["gathers"]:  # else a hook moves the weight's own gradient
-            weight = OfLeaf.apply(self.values, weight)
-        return RMSNorm.apply(hidden_states, weight, self._eps)
+        whole = about is not None and not about["weight"]["gathers"]  # else a hook moves the weight's own gradient
+        return RMSNorm.apply(hidden_states, self.values if whole else self.weight, (self.weight, self._eps))
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self._eps}"
@@ -125,7 +116,7 @@ def _same_formula(module: nn.Module, eps: float) -> bool:
             theirs = type(module).forward(probe, rows)
         except Exception:  # somebody else's code, which may want other shapes: whatever it raises, it stays
             return False
-        ours = RMSNorm.apply(rows, probe.weight, eps)
+        ours = RMSNorm.apply(rows, probe.weight, (probe.weight, eps))
         if not (isinstance(theirs, Tensor) and theirs.dtype == ours.dtype and torch.equal(theirs, ours)):
             return False
     return True

@@ -131,6 +131,15 @@ def test_an_input_without_gradient_and_a_trained_bias():
     assert x.grad is None
 
 
+def test_a_node_of_the_graph_has_no_more_tensors_than_gradients():
+    """Each further one takes memory in every node, which breaks up the heap (see `layers.Fixed`)."""
+    model = sparsify(nn.Sequential(nn.Linear(6, 5)), {"0.weight": pattern_for(torch.empty(5, 6), 0.5)})
+    x = torch.randn(3, 6, requires_grad=True)
+    assert len(model(x).grad_fn.next_functions) == 2  # the input's and the leaf's
+    model[0].bias.requires_grad_(True)
+    assert len(model(x).grad_fn.next_functions) == 3
+
+
 def test_gradients_accumulate_over_backwards_and_over_uses():
     model, x = mlp(), torch.randn(12, 6)
     shared = nn.Sequential(model, nn.Linear(5, 6), model)  # the same module twice in one forward
