@@ -63,7 +63,7 @@ class Fixed(NamedTuple):
     """What a sparse layer computes with and has no gradient of.
 
     One argument, whatever it holds: a node of autograd's graph takes memory for every tensor argument and every saved
-    tensor, and these nodes lie in the holes that activations leave in glibc's heap, which no activation fits into then
+    tensor, and the nodes lie in the holes that activations leave in glibc's heap, which no activation fits into then
     (SmolLM2-135M, 512 tokens, fp32: with seven tensors the peak over the loaded model was 1.20 times the floor's
     instead of 1.13).
 
@@ -88,21 +88,21 @@ class MaskedLinear(torch.autograd.Function):
         weight, saved = fixed.weight, fixed.saved
         ctx.entries, ctx.transposed, ctx.compact = fixed.entries, fixed.transposed, saved is not None
         ctx.recompute = None if saved is None else saved.recompute
-        kept = (x if values.requires_grad else None) if saved is None else saved.columns
-        ctx.save_for_backward(weight, kept)
+        kept = (x if values.requires_grad else None,) if saved is None else saved.tensors
+        ctx.save_for_backward(weight, *kept)
         return F.linear(x, weight.T if fixed.transposed else weight, fixed.bias if bias is None else bias)
 
     @staticmethod
     @once_differentiable  # a second derivative would have to see W as a function of `values`
     def backward(ctx, grad_out):
-        weight, kept = ctx.saved_tensors
+        weight, *kept = ctx.saved_tensors
         need_x, need_values, need_bias, _ = ctx.needs_input_grad
         grad_x = grad_values = grad_bias = None
         if need_x:
             grad_x = grad_out @ (weight.T if ctx.transposed else weight)
         flat = grad_out.reshape(-1, grad_out.shape[-1])
         if need_values:
-            x = kept if ctx.recompute is None else ctx.recompute()
+            x = kept[0] if ctx.recompute is None else ctx.recompute(*kept)
             operands = flat, x.T if ctx.compact else x.reshape(-1, x.shape[-1])
             left, right = reversed(operands) if ctx.transposed else operands
             traced = torch.compiler.is_compiling() or type(grad_out) is not Tensor

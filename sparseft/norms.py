@@ -18,7 +18,7 @@ class RMSNorm(torch.autograd.Function):
     it).
 
     `fixed`: the weight and epsilon; `trained`: what gets the weight's gradient, in its own dtype: its leaf, where that
-    holds all of it in its order, or the weight itself. (Two tensors and no more: see `layers.Fixed`.)
+    holds all of it in its order, or the weight itself. (Two tensor arguments and no more: see `layers.Fixed`.)
     """
 
     @staticmethod

@@ -16,27 +16,19 @@ from sparseft.norms import RMSNorm
 
 
 class Recompute:
-    """How the columns of one input come back from what its operation saved; once in a backward pass for all the layers
-    that read it.
+    """How the columns of one input come back; once in a backward pass for all the layers that read it."""
 
-    The operation's node keeps that until its own turn, which comes after the layers': they save nothing. (Saving it
-    again would cost no activation, but some hundred bytes in each layer's node: see `layers.Fixed`.)
-    """
-
-    def __init__(self, node: Any, chosen: Tensor, dtype: torch.dtype):
-        self._node, self._chosen, self._dtype = node, chosen, dtype
+    def __init__(self, formula: Callable[..., Tensor], chosen: Tensor, dtype: torch.dtype):
+        self._formula, self._chosen, self._dtype = formula, chosen, dtype
         self.readers = 0
         self._waiting = 0  # readers that have not had the columns yet
         self._columns: Tensor | None = None
 
-    def __call__(self) -> Tensor:
-        """[U, T] in the dtype that the layers compute in. Raises RuntimeError, as autograd does: what was saved is
-        freed, or was changed."""
+    def __call__(self, *kept: Tensor) -> Tensor:
+        """[U, T] in the dtype that the layers compute in; `kept` as from `source`."""
         found = self._columns
         if found is None:
-            formula, tensors = _formula(self._node)
-            assert formula is not None  # `source` has seen to it
-            self._columns = found = formula(self._chosen, *tensors).to(self._dtype)
+            self._columns = found = self._formula(self._chosen, *kept).to(self._dtype)
             self._waiting = self.readers
         self._waiting -= 1
         if self._waiting == 0:
@@ -44,23 +36,19 @@ class Recompute:
         return found
 
 
-def source(input: Tensor) -> Any:
-    """The node of the operation that made `input` [..., K], if the columns can be computed again from what that saved;
-    None if not.
+def source(input: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]] | None:
+    """Who can compute the columns of `input` [..., K] again, and from which saved tensors; None if nobody can.
 
-    Not if the input was changed since (a write to its `.data` goes unnoticed), or hooks on saved tensors are active:
-    then what it saved is somewhere else.
+    Asks the operation that made the input, unless the input was changed since (a write to its `.data` goes unnoticed)
+    or hooks on saved tensors are active: then what it saved is somewhere else.
     """
     node = input.grad_fn
     if node is None or input._version or hooks_are_active():
         return None
     try:
-        formula, tensors = _formula(node)
+        return _saved_by(node, input)
     except RuntimeError:  # its graph is freed, or what it saved was changed
         return None
-    if formula is _of_product and any(f is None or f.shape != input.shape or f.dtype != input.dtype for f in tensors):
-        return None
-    return node if formula is not None else None
 
 
 def hooks_are_active() -> bool:
@@ -68,13 +56,14 @@ def hooks_are_active() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def _formula(node: Any) -> tuple[Callable[..., Tensor] | None, tuple[Tensor, ...]]:
-    """What computes columns of a node's output, and from which of its saved tensors; (None, ()) for other nodes."""
+def _saved_by(node: Any, input: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]] | None:
     if isinstance(node, RMSNorm._backward_cls):
         return _of_norm, node.saved_tensors
     if node.name() == "MulBackward0":
-        return _of_product, (node._saved_self, node._saved_other)
-    return None, ()
+        factors = node._saved_self, node._saved_other
+        if all(f is not None and f.shape == input.shape and f.dtype == input.dtype for f in factors):
+            return _of_product, factors
+    return None
 
 
 def _of_norm(chosen: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:

@@ -26,10 +26,10 @@ READ_WHAT_ATTENTION_SAVED = ("o_proj", "out_proj", "out_lin")
 
 @dataclass(frozen=True)
 class Saved:
-    """What layers keep of one input: the needed columns [U, T], or how they are computed again; one of the two."""
+    """What layers keep of one input. `tensors`: the needed columns [U, T], or what `recompute` makes them from."""
 
-    columns: Tensor | None = None
-    recompute: Recompute | None = None
+    tensors: tuple[Tensor, ...]
+    recompute: Recompute | None
 
 
 class SharedInput:
@@ -90,12 +90,13 @@ class SharedInput:
 
     def _saved(self, input: Tensor, x: Tensor) -> Saved | None:
         assert self._union is not None
-        node = source(input)
-        if node is not None:
-            return Saved(recompute=Recompute(node, self._union, x.dtype))
+        again = source(input)
+        if again is not None:
+            formula, tensors = again
+            return Saved(tensors, Recompute(formula, self._union, x.dtype))
         if len(self._union) == x.shape[-1]:
             return None
-        return Saved(columns=columns(x.detach().reshape(-1, x.shape[-1]), self._union))
+        return Saved((columns(x.detach().reshape(-1, x.shape[-1]), self._union),), None)
 
     def _plan(self, orders: list[Tensor], width: int) -> None:
         self._forget()

@@ -247,3 +247,35 @@ def test_copies_that_share_attributes_and_the_meta_device():
     sparsify(layer, {"weight": Pattern.from_mask(mask, tile=(8, 8))})
     assert torch.equal(copy.copy(layer)(torch.ones(2, 16)), layer(torch.ones(2, 16)))
     assert layer.to("meta")(torch.empty(3, 16, device="meta")).shape == (3, 8)
+
+
+def _down_projection() -> nn.Module:
+    down = nn.Linear(24, 10)
+    return sparsify(nn.Sequential(down), {"0.weight": with_columns(down.weight, [3, 1, 7])})
+
+
+def _factors() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(6, 24, requires_grad=True), torch.randn(6, 24, requires_grad=True)
+
+
+def test_a_product_in_a_checkpoint_may_feed_a_layer_outside_of_it():
+    model, found = _down_projection(), []
+    for product in (torch.mul, lambda a, b: checkpoint(torch.mul, a, b, use_reentrant=False)):
+        model.zero_grad()
+        a, b = _factors()
+        model(product(a, b)).square().sum().backward()
+        found.append((a.grad, b.grad, model[0].values.grad))
+    for got, expected in zip(*found, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_leafs_gradient_alone_survives_a_backward_of_its_layers_input():
+    model = _down_projection()
+    a, b = _factors()
+    hidden = a * b
+    out = model(hidden)
+    hidden.sum().backward()  # frees what the product saved
+    (got,) = torch.autograd.grad(out.sum(), model[0].values)
+    (expected,) = torch.autograd.grad(model(a.detach() * b.detach()).sum(), model[0].values)
+    assert torch.equal(got, expected)

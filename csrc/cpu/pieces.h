@@ -5,6 +5,11 @@
 // one that is worked on.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
+
 #include "worklist.h"
 
 namespace sparseft {
@@ -80,8 +85,8 @@ class Pieces {
   int64_t entry_ = 0;  // of tile_
 };
 
-// Calls f(piece) for all entries of a worklist with rows and cols. A thread gets about `grain` entries or more. f must
-// not throw.
+// Calls f(piece) for all entries of a worklist with rows and cols. A thread gets whole tiles, of about `grain` entries
+// or more together. f must not throw.
 template <typename T, typename F>
 void for_each_piece(const Worklist& work, const std::vector<T*>& weights, const std::vector<Shape>& shapes,
                     int64_t grain, const F& f) {

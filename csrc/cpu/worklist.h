@@ -1,4 +1,4 @@
-// Walking a worklist on the CPU: bounds checks before, then runs of entries on all threads.
+// A worklist on the CPU: bounds checks, and its runs of entries.
 #pragma once
 
 #include <algorithm>
@@ -72,7 +72,7 @@ struct Worklist {
   Order cols;
 };
 
-// Consecutive entries of one tile: the unit of work. Its arithmetic never depends on the number of threads.
+// Consecutive entries of one tile, which one thread takes: no arithmetic depends on the number of threads.
 struct Run {
   const Tile* tile;
   int64_t first;

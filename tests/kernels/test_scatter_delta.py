@@ -149,7 +149,7 @@ def test_same_bits_on_every_run(implementation):
     e = entries(Case("large", ((300, 290), (200, 310)), (64, 64), 0.4))
     weights, values = start(e, torch.bfloat16, torch.float32)
     runs = []
-    for threads in (1, 2, 2):
+    for threads in (1, 2, 2, 5):
         with threads_set(threads):
             placed, vector = [w.to(implementation.device, copy=True) for w in weights], values.to(implementation.device)
             implementation(placed, vector, *e.on(implementation.device), "add", 0.37)

@@ -272,7 +272,7 @@ class Held:
 def test_same_bits_on_every_run(implementation):
     e = entries(Case("large", ((300, 290), (200, 310)), (64, 64), 0.4))
     runs = []
-    for threads in (1, 2, 2):
+    for threads in (1, 2, 2, 5):
         placed = place(start(e, torch.bfloat16) | {"weight_decay": 0.1}, Held(implementation.device).put)
         with threads_set(threads):
             call(implementation, placed)
