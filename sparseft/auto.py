@@ -14,7 +14,7 @@ from sparseft.trainer import SparseConfig
 from sparseft.trials import Outcome, Trials
 
 GRID: dict[str, tuple[Any, ...]] = {  # the first values are those that train has without a search
-    "criterion": ("balanced", "grad", "taylor", "fisher", "gallop", "magnitude", "random"),
+    "criterion": ("sampled", "balanced", "grad", "taylor", "fisher", "gallop", "magnitude", "random"),
     "allocation": ("layer", "row", "kind", "global"),
     "density": (0.01, 0.005, 0.02, 0.05),
     "tile_budget": (0.1, 1.0),

@@ -131,11 +131,12 @@ def train(
     criterion: Annotated[
         str,
         typer.Option(
-            help="What makes a weight important: grad |g|, taylor |w*g|, fisher g^2, gallop |g/w|, magnitude, wanda "
+            help="What makes a weight important: balanced (|g| for its row and column), sampled (drawn by that), "
+            "grad |g|, taylor |w*g|, fisher g^2, gallop |g/w|, magnitude, wanda "
             "(magnitude times the input's norm), lift (magnitude in the best low-rank approximation), random, and "
             "other papers' (sparseft.selection.CRITERIA); auto tries some within --auto-minutes."
         ),
-    ] = "balanced",
+    ] = "sampled",
     tile: Annotated[int, typer.Option(help="Edge of a tile; 64 suits the kernels.")] = 64,
     tile_budget: Annotated[
         float,
@@ -164,8 +165,12 @@ def train(
     ] = 10.0,
     train_norms: Annotated[bool, typer.Option(help="Also train every norm and bias vector.")] = True,
     train_targets: Annotated[
-        bool, typer.Option(help="Also train the output embedding's rows of the most frequent words of the answers.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            help="Also train the output embedding's rows of the most frequent words of the answers. "
+            "Default: if all of them fit into a tenth of the density, as labels of a list do."
+        ),
+    ] = None,
     include: Annotated[
         list[str] | None,
         typer.Option(help="Only weights whose name has this part (glob, several times): mlp, 'layers.2?'."),
@@ -248,10 +253,10 @@ def train(
     if len(evals) < len(eval or []):
         raise ValueError(f"--eval: the files' names must differ, got {', '.join(eval or [])}")
     folder = runs / name
-    first = "balanced" if criterion == "auto" else criterion
+    first = "sampled" if criterion == "auto" else criterion
     sparse = SparseConfig(density=density, criterion=first, tile=(tile, tile), tile_budget=tile_budget,
                           allocation=allocation, structure=structure, include=include, exclude=exclude,
-                          train_norms=train_norms, train_targets=None if train_targets else False,
+                          train_norms=train_norms, train_targets=train_targets,
                           batches=selection_batches, score_after=score_after,
                           refresh=_plan(refresh, refresh_every, leaving), decay_to=decay_to, seed=seed)  # fmt: skip
     config = finetune.RunConfig(

@@ -177,7 +177,7 @@ def ablate(
     output: Annotated[Path, OUTPUT] = Path("ablate"),
     steps: Annotated[int, typer.Option(min=1, help="Training steps for each group.")] = 60,
     density: Annotated[float, typer.Option(help="Share of a group's weights that train.")] = 0.01,
-    criterion: Annotated[str, AS_TRAIN] = "balanced",
+    criterion: Annotated[str, AS_TRAIN] = "sampled",
     tile_budget: Annotated[float, AS_TRAIN] = 0.1,
 ) -> None:
     """Train one group of weights at a time (q, k, v, ..., early, middle, late); rank by gain per changed weight."""
@@ -205,7 +205,7 @@ def sweep(
     steps: Annotated[int, typer.Option(min=1, help="Training steps for each pair.")] = 60,
     density: Annotated[list[float] | None, typer.Option(help=f"Densities {SEVERAL}")] = None,
     tile_budget: Annotated[list[float] | None, typer.Option(help=f"Tile budgets {SEVERAL}")] = None,
-    criterion: Annotated[str, AS_TRAIN] = "balanced",
+    criterion: Annotated[str, AS_TRAIN] = "sampled",
     allocation: Annotated[str, AS_TRAIN] = "layer",
 ) -> None:
     """Train with every density and tile budget: held-out loss against seconds per step."""

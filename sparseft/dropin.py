@@ -14,6 +14,7 @@ from sparseft.layers import Selected, gather_grad_, leaf_of
 from sparseft.pattern import Pattern, check_tile, matrix_shape
 from sparseft.selection import StreamingTopK
 from sparseft.selection.criteria import scales
+from sparseft.selection.draw import race
 from sparseft.selection.gradients import is_finite
 
 
@@ -28,6 +29,7 @@ FACTORS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]] = {
     "balanced": _balancing,
     "grad": lambda grad, parameter: (grad, None),
     "taylor": lambda grad, parameter: (grad, parameter),
+    "sampled": _balancing,  # and divided by random numbers
 }
 
 Adopt = Callable[[list[tuple[int, int, Selected]]], None]
@@ -98,7 +100,10 @@ class FirstBackward:
             if not is_finite(grad):
                 self.nonfinite = position
             else:
-                self.tops[position].add(position, *FACTORS[self.criterion](grad, parameter))
+                wide, factor = FACTORS[self.criterion](grad, parameter)
+                if self.criterion == "sampled":
+                    factor = race(factor, str(position), seed=0)
+                self.tops[position].add(position, wide, factor)
 
     def _start_over(self) -> None:
         """One top-k for each parameter: its own, or one that all share."""

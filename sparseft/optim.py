@@ -39,7 +39,8 @@ class SparseAdamW(Optimizer):
         weight_decay: decoupled decay, of the selected entries only.
         decay_to: "pretrained" pulls towards the values before training, "zero" is the classic decay.
         density: share of the eligible weights to select (drop-in door only).
-        criterion: "balanced", "grad" or "taylor", as in `sparseft.select`. `allocation`: "global" or "layer".
+        criterion: "sampled", "balanced", "grad" or "taylor", as in `sparseft.select`.
+        allocation: "global" or "layer".
         tile: tile shape.
         include, exclude: globs on parameter names, as in `sparseft.select`; only with a model as `params`.
         rounding_seed: for bf16 and fp16 weights, keep no master values: the leaves take the weights' dtype, and updates
@@ -69,7 +70,7 @@ class SparseAdamW(Optimizer):
         decay_to: str = "pretrained",
         density_power: float = DENSITY_POWER,
         density: float | None = None,
-        criterion: str = "balanced",
+        criterion: str = "sampled",
         allocation: str = "layer",
         tile: tuple[int, int] = (64, 64),
         include: str | Sequence[str] | None = None,

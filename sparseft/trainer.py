@@ -44,7 +44,7 @@ class SparseConfig:
     """
 
     density: float = 0.01
-    criterion: str = "balanced"
+    criterion: str = "sampled"
     tile: tuple[int, int] = (64, 64)
     tile_budget: float = 0.1
     allocation: str = "layer"

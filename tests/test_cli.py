@@ -64,7 +64,7 @@ def start(tmp_path_factory) -> Path:
 def train(folder: Path, *options: object, name: str = "run") -> list[object]:
     return ["train", folder / "model", folder / "train.jsonl", "--eval", folder / "held.jsonl",
             "--runs", folder / "runs", "--name", name, "--density", 0.1, "--tile", 8, "--steps", 6,
-            "--batch-size", 4, "--max-new-tokens", 3, "--device", "cpu", *options]  # fmt: skip
+            "--batch-size", 4, "--max-new-tokens", 3, "--device", "cpu", "--train-targets", *options]  # fmt: skip
 
 
 def test_a_run_folder_tells_the_whole_story(start):
@@ -155,7 +155,7 @@ def test_the_same_seed_gives_the_same_delta_and_resume_continues(start):
     call(*train(start, "--save-steps", 4, "--resume", name="again"))
     assert_same(change, load_file(again / "delta.safetensors"))
     line = error(*train(start, "--save-steps", 4, "--resume", "--criterion", "taylor", name="again"))
-    assert "'criterion': 'balanced'" in line and "'criterion': 'taylor'" in line
+    assert "'criterion': 'sampled'" in line and "'criterion': 'taylor'" in line
     assert_same(change, load_file(again / "delta.safetensors"))
 
 

@@ -1,6 +1,8 @@
 """Every criterion and structure against a dense float64 reference written here, and the limits on the score buffer."""
 
 import copy
+import dataclasses
+import itertools
 import logging
 import re
 
@@ -10,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.pattern import matrix_shape
-from sparseft.selection import CRITERIA, Criterion, criteria, eligible, gallop, losia, lottery
+from sparseft.selection import CRITERIA, Criterion, criteria, eligible, gallop, losia, lottery, sampled
+from sparseft.selection.draw import generator, race
 from tests.tiny import select_entries as select
 
 from .test_selection import (
@@ -145,6 +148,12 @@ def reference(criterion: str, model, data, loss_fn) -> dict[str, np.ndarray]:
                 uncertainty = 0.85 * uncertainty + 0.15 * np.abs(s - importance)
             scores[name] = importance * uncertainty
         return scores
+    if criterion == "sampled":
+        scores = reference("balanced", model, data, loss_fn)
+        for name, score in scores.items():  # over waiting times, by the inverse of their distribution
+            uniform = torch.rand(score.shape, generator=generator(name, 0), dtype=torch.float64).numpy()
+            scores[name] = score / np.maximum(-np.log1p(-uniform), 2.0**-25)
+        return scores
     if criterion == "balanced":
         scores = {}
         for name, w in weights.items():
@@ -160,7 +169,19 @@ def reference(criterion: str, model, data, loss_fn) -> dict[str, np.ndarray]:
 # ---- criteria ---------------------------------------------------------------------------------------------------
 
 # the others: test_selection.py
-NEW = ("sift", "balanced", "snip", "gallop", "pafi", "shira-struct", "fisher-sample", "spiel-ma", "losia", "lottery")
+NEW = (
+    "sift",
+    "balanced",
+    "sampled",
+    "snip",
+    "gallop",
+    "pafi",
+    "shira-struct",
+    "fisher-sample",
+    "spiel-ma",
+    "losia",
+    "lottery",
+)
 CASES = [(which, criterion) for criterion in NEW for which in ("mlp", "llama", "olmoe")]
 CASES += [(which, "fisher-token") for which in ("mlp", "llama", "gpt2")]
 
@@ -174,6 +195,53 @@ def test_a_criterion_is_the_dense_reference(which, criterion):
                           tile_budget=1.0, structure="entries", loss_fn=loss_fn)  # fmt: skip
         chosen = [choose_freely(group, 0.07) for group in groups_of(scores, allocation)]
         assert_same(patterns, {name: mask for group in chosen for name, mask in group.items()})
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_a_race_is_won_with_chances_in_proportion(k):
+    """How often each set of k comes first, against the chances of a draw without replacement, in 4,000 races."""
+    weights, races = np.array([1.0, 2.0, 0.0, 5.0, 0.5]), 4000
+    scores = torch.tensor(weights, dtype=torch.float32) * torch.tensor([1, -1, 1, -1, 1])
+    chances: dict[frozenset, float] = {}
+    for order in itertools.permutations(range(5), k):
+        chance, left = 1.0, weights.sum()
+        for i in order:
+            chance, left = chance * weights[i] / left, left - weights[i]
+        chances[frozenset(order)] = chances.get(frozenset(order), 0.0) + chance
+    found = dict.fromkeys(chances, 0)
+    for seed in range(races):
+        found[frozenset(race(scores, "w", seed).abs().topk(k).indices.tolist())] += 1
+    for winners, chance in chances.items():  # 5 standard deviations: one of 30 in 60,000 such tests lies outside
+        assert abs(found[winners] - races * chance) <= 5 * (races * chance * (1 - chance)) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_race_has_no_place_for_zeros_and_no_infinite_score(dtype):
+    most = torch.finfo(dtype).max
+    scores = torch.tensor([0.0, most, -most, torch.finfo(dtype).tiny] * 250, dtype=dtype)
+    kept = scores.clone()
+    found = race(scores, "w", 3)
+    assert torch.equal(scores, kept) and found.dtype == dtype
+    assert bool(found.isfinite().all()) and not found[::4].any() and bool(found[1:].view(-1)[::4].all())
+    assert not torch.equal(found, race(scores, "w", 4)) and not torch.equal(found, race(scores, "v", 3))
+    assert torch.equal(found, race(scores, "w", 3))
+
+
+@pytest.mark.parametrize("structure", ["rows", "columns", "rows-and-columns", "blocks", "channels", "subnet"])
+def test_only_entries_are_drawn(structure):
+    model, data, _ = wide("llama", 2)
+    settings = {"density": 0.1, "tile": TILE, "structure": structure}
+    drawn = digests(select(model, data, criterion="sampled", **settings))
+    assert drawn == digests(select(model, data, criterion="balanced", **settings))
+
+
+def test_any_criterion_can_be_drawn_by():
+    model, data, _ = wide("llama", 2)
+    settings = {"density": 0.1, "tile": TILE}
+    drawn = sampled(CRITERIA["grad"])
+    found = [digests(select(model, data, criterion=rule, seed=seed, **settings))
+             for rule, seed in (("grad", 0), ("sampled", 0), (drawn, 0), (drawn, 1))]  # fmt: skip
+    assert all(one != two for one, two in itertools.combinations(found, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
@@ -491,7 +559,7 @@ def test_one_batch_is_chosen_from_as_it_streams_as_from_sums(criterion):
             for part in held:
                 take(*part)
 
-    summing = Criterion(rule.score, rule.accumulate, lambda *args: Summing(rule.run(*args)), rule.state, rule.structure)
+    summing = dataclasses.replace(rule, run=lambda *args: Summing(rule.run(*args)))
     settings = {"density": 0.3, "tile": TILE, "tile_budget": 0.5}
     assert digests(select(model, data, criterion=criterion, **settings)) == digests(
         select(model, data, criterion=summing, **settings)

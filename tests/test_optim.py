@@ -15,6 +15,7 @@ from sparseft.layers import Selected, selected
 from sparseft.ops import sparse_adamw_
 from sparseft.optim import SparseAdamW
 from sparseft.pattern import pack
+from sparseft.selection.draw import generator
 
 DOORS = ["lean", "drop-in"]
 
@@ -653,7 +654,7 @@ def test_raise_mode_raises_changes_nothing_and_recovers(door):
     assert not all(torch.equal(a, b) for a, b in zip(before, _everything(model, optimizer), strict=True))
 
 
-@pytest.mark.parametrize("criterion", ["balanced", "grad", "taylor"])
+@pytest.mark.parametrize("criterion", ["sampled", "balanced", "grad", "taylor"])
 @pytest.mark.parametrize("allocation", ["global", "layer"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
 def test_a_nonfinite_first_backward_does_not_select(criterion, allocation, bad):
@@ -682,7 +683,8 @@ def test_a_nonfinite_first_backward_does_not_select(criterion, allocation, bad):
 
 
 @pytest.mark.parametrize(("criterion", "ties"), [  # a quotient of tied gradients is tied but for its rounding
-    ("grad", False), ("grad", True), ("taylor", False), ("taylor", True), ("balanced", False)])  # fmt: skip
+    ("grad", False), ("grad", True), ("taylor", False), ("taylor", True), ("balanced", False),
+    ("sampled", False)])  # fmt: skip
 @pytest.mark.parametrize("allocation", ["global", "layer"])
 @pytest.mark.parametrize("density", [0.01, 0.3, 1.0])
 def test_the_first_backward_selects_the_exact_top_entries(criterion, allocation, ties, density):
@@ -693,7 +695,10 @@ def test_the_first_backward_selects_the_exact_top_entries(criterion, allocation,
             w.data = torch.randint(-2, 3, w.shape).float()
     score = {"grad": lambda g, w: g, "taylor": lambda g, w: g * w.detach(), "balanced": lambda g, w: balanced(g)}
     pairs = zip(grads, model.weights, strict=True)
-    scores = [score[criterion](g, w).abs().flatten() for g, w in pairs]
+    if criterion == "sampled":
+        scores = [(balanced(g) / times(g.shape, i)).abs().flatten() for i, (g, _) in enumerate(pairs)]
+    else:
+        scores = [score[criterion](g, w).abs().flatten() for g, w in pairs]
     if allocation == "global":
         joined = torch.cat(scores)
         best = torch.sort(joined, descending=True, stable=True).indices[: round(density * len(joined))]
@@ -718,6 +723,12 @@ def balanced(g: Tensor) -> Tensor:
     matrix = g.double().reshape(-1, g.shape[-1])
     second = torch.outer((matrix**2).sum(1), (matrix**2).sum(0)) / (matrix**2).sum()
     return matrix / second.sqrt()
+
+
+def times(shape: torch.Size, position: int) -> Tensor:
+    """The waiting times that the parameter at this position has in the draw, [-1, last dimension]."""
+    uniform = torch.rand(shape, generator=generator(str(position), 0))
+    return (-torch.log1p(-uniform.double())).clamp(min=2.0**-25).reshape(-1, shape[-1])
 
 
 def test_never_two_dense_gradients_alive():

@@ -454,9 +454,9 @@ def test_sweep_goes_over_all_pairs(start):
     assert [(p["density"], p["tile_budget"]) for p in points] == [(0.05, 0.3), (0.05, 1.0), (0.2, 0.3), (0.2, 1.0)]
     norms = sum(w.numel() for w in llama().parameters() if w.dim() == 1)
     assert len({p["entries"] for p in points}) == 2
-    for point in points:  # the rows of the answers' words are a tenth at most
+    for point in points:  # the rows of the answers' words are a tenth at most, or none
         chosen = sum(round(point["density"] * w.numel()) for n, w in llama().named_parameters() if "_proj" in n)
-        assert chosen < point["entries"] - norms <= 1.1 * chosen
+        assert chosen <= point["entries"] - norms <= 1.1 * chosen
     assert all(0 < p["tile_share"] <= 1 for p in points)
     texts = [t.text for t in ElementTree.parse(start / "sweep" / "sweep.svg").iter() if t.tag.endswith("text")]
     assert texts.count("0.05") >= 2 and texts.count("0.2") >= 2  # a density beside each point

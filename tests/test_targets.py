@@ -49,7 +49,7 @@ def test_rows_of_the_most_frequent_targets_are_selected(tied, criterion):
     net, data = model(tied), [batch(0), batch(1)]
     settings = {"criterion": criterion, "density": 0.1, "tile": (8, 8), "train_norms": False}
     without = select(net, data, train_targets=False, **settings)
-    patterns = select(net, iter(data), **settings)
+    patterns = select(net, iter(data), train_targets=True, **settings)
     name = EMBEDDING if tied else "lm_head.weight"
     width = net.config.hidden_size
     rows = most_frequent(data, int(0.1 * sum(map(len, without.values()))) // width)
@@ -58,6 +58,26 @@ def test_rows_of_the_most_frequent_targets_are_selected(tied, criterion):
     expected[rows] = True
     assert torch.equal(patterns[name].to_mask(), expected)
     assert {n: p.digest for n, p in patterns.items() if n != name} == {n: p.digest for n, p in without.items()}
+
+
+@pytest.mark.parametrize("words", [1, 2, 3, 4, 20])
+def test_rows_come_by_themselves_where_there_is_room_for_all_targets(words):
+    net, data = model(), [batch(0), batch(1)]
+    for one in data:
+        said = one["labels"] != -100
+        one["labels"][said] = 4 + one["labels"][said] % words
+    settings = {"density": 0.1, "tile": (8, 8), "train_norms": False}
+    without = select(net, data, train_targets=False, **settings)
+    room = int(0.1 * sum(map(len, without.values()))) // net.config.hidden_size
+    assert 1 < room < 20, "the cases lie on both sides"
+    patterns = select(net, data, **settings)
+    if len(most_frequent(data, 99)) <= room:
+        assert {n: p.digest for n, p in patterns.items()} == {
+            n: p.digest for n, p in select(net, data, train_targets=True, **settings).items()
+        }
+        assert len(patterns[EMBEDDING]) == len(most_frequent(data, 99)) * net.config.hidden_size
+    else:
+        assert {n: p.digest for n, p in patterns.items()} == {n: p.digest for n, p in without.items()}
 
 
 def test_what_has_no_targets_gets_no_rows():

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sparseft.selection import lift
+from sparseft.selection import CRITERIA, lift, sampled
 
 SPARSE_RATES = (5e-3, 1.5e-2, 5e-2)
 ADAPTER_RATES = (1e-3, 3e-3, 1e-2)
@@ -35,6 +35,7 @@ class Variant:
 # The CSV keeps options as text; these are the ones that are not.
 OBJECTS: dict[str, Any] = {
     "lift rank 32": lift(32),
+    "drawn by |g|": sampled(CRITERIA["grad"]),
 }
 
 
@@ -60,7 +61,7 @@ def sparse(name: str, **options: Any) -> Variant:
 
 UNTRAINED = Variant("untrained", "none", rates=(0.0,))
 DEFAULT: dict[str, Any] = {
-    "criterion": "balanced", "allocation": "layer", "train_norms": True, "train_targets": True
+    "criterion": "sampled", "allocation": "layer", "train_norms": True, "train_targets": None
 }  # fmt: skip
 
 
@@ -134,7 +135,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis(
         "H10-target-rows", "The output embedding's rows of the words to say are cheap, and no change of the layers "
         "replaces them", "sparse-1%",
-        (variation("no-target-rows", train_targets=False),
+        (variation("target-rows", train_targets=True), variation("no-target-rows", train_targets=False),
          variation("no-target-rows-no-norms", train_targets=False, train_norms=False)),
     ),
     Hypothesis(
@@ -173,6 +174,11 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         (sparse("grad-alone", allocation="layer"),
          sparse("grad-norms", allocation="layer", train_norms=True, density_power=0.0),
          sparse("grad-norms-target-rows", allocation="layer", train_norms=True, train_targets=True, density_power=0.0)),
+    ),
+    Hypothesis(
+        "H20-draw", "The largest scores choose entries too much alike; a draw by the scores covers more of what there "
+        "is to learn", "sparse-1%",
+        (variation("balanced", criterion="balanced"), variation("drawn-by-grad", criterion="drawn by |g|")),
     ),
     Hypothesis(
         "H18-rounding", "bf16 weights lose part of each small step", "sparse-1%",

@@ -121,7 +121,7 @@ def sparse(
     density: float = 0.01, as_lora: int = 0, batches: int = SELECTION_BATCHES, score_after: int = 0,
     weight_decay: float = 0.01, betas: tuple[float, float] = (0.9, 0.999), density_power: float = DENSITY_POWER,
     refresh: str = "", every: int = 20, allocation: str = "global", criterion: Any = "grad", train_norms: bool = False,
-    train_targets: bool = False, **selection: Any,
+    train_targets: bool | None = False, **selection: Any,
 ) -> Trainable:  # fmt: skip
     """sparseft.
 

@@ -32,7 +32,7 @@ class Scale:
             so far lies at the edge.
         validation_rows, test_rows, other_rows, hellaswag_rows: questions asked at most; 0: all.
         text_rows: of HellaSwag's stories, read as plain text after every run.
-        tasks: the first one is also that of the hypotheses.
+        tasks: the first one is also that of the finalists, and the hypotheses' screens begin with it.
         claims: names of the variants. `tuned`: names of variants of which only the best rate is asked. `finalists`:
             those whose screens were best, tested at the default rate with the first task.
         screen: how many seeds of each hypothesis's variants are compared with their base at the base's rate, over
@@ -129,6 +129,8 @@ def _ordered(rows: Sequence[Row], scale: Scale) -> Iterator[Run]:
         for task in tasks:
             for variant in stage:
                 yield from _tuned(rows, scale, variant, task, scale.seeds[:1])
+    for task in scale.tasks[1:]:
+        yield from _screened(rows, scale, task)
     for seed in scale.seeds[1:]:
         for stage, tasks in ((claims, scale.tasks), (extra, first)):
             for task in tasks:

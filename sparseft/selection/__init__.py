@@ -9,6 +9,7 @@ without keeping scores), `rows.py` and `structured.py` choose by rows, blocks, h
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from sparseft.selection.arguments import STRUCTURES, allocation_of, check, check
 from sparseft.selection.budget import ALLOCATIONS, Allocation, Budget
 from sparseft.selection.criteria import CRITERIA, find, gallop, losia, lottery
 from sparseft.selection.criterion import Criterion
+from sparseft.selection.draw import sampled
 from sparseft.selection.lift import lift
 from sparseft.selection.scoring import AnyBudget, Scoring
 from sparseft.selection.shares import budget_of, groups_of, shares_of
@@ -44,6 +46,7 @@ __all__ = [
     "lift",
     "losia",
     "lottery",
+    "sampled",
     "select",
     "vectors",
 ]
@@ -56,7 +59,7 @@ def select(
     batches: Iterable[Any] | None = None,
     *,
     density: float = 0.01,
-    criterion: str | Criterion | Callable[[str, Tensor, Tensor], Tensor] = "balanced",
+    criterion: str | Criterion | Callable[[str, Tensor, Tensor], Tensor] = "sampled",
     tile: tuple[int, int] = (64, 64),
     tile_budget: float = 0.1,
     allocation: str | Allocation = "layer",
@@ -115,9 +118,9 @@ def select(
         train_norms: also select every entry of the norm and bias vectors (those that `exclude` leaves), on top of
             what `density` gives: a fraction of a per mille of most models' weights.
         train_targets: also select, on top, the rows of the output embedding of the most frequent tokens among the
-            batches' "labels", at most a tenth as many entries as otherwise: they are what says these words, and no
-            change of the layers learns it as fast (docs/quality.md). None: where there are labels and the model has
-            such an embedding, which `exclude` leaves.
+            batches' "labels", at most a tenth as many entries as otherwise. None: where that is room for all of these
+            tokens, as when the answers are labels of a list; the rows of some words of open text do not help
+            (docs/quality.md, H10). Then also only where the model has such an embedding, which `exclude` leaves.
         loss_fn: (model, batch) -> scalar loss.
         seed: for random scores, and for dropout during the backward passes.
 
@@ -133,6 +136,7 @@ def select(
     with together(group, model) as team:
         rule = find(criterion)
         shape = rule.structure if structure is None else structure
+        rule = replace(rule, sampled=rule.sampled and shape == "entries")
         check(density, k, tile, tile_budget, allocation_of(allocation), shape)
         check_batches(rule, batches, memory)
         targets = _targets(model, batches, train_targets, exclude)
@@ -206,7 +210,9 @@ def _target_rows(name: str, targets: Targets, patterns: dict[str, Pattern], entr
     targets.add_up(team)
     if asked_for and not targets.counts.any():
         raise ValueError('train_targets: the batches hold no "labels" that are tokens of the vocabulary')
-    rows = None if name in patterns else targets.pattern(entries, tile)
+    if name in patterns or not (asked_for or targets.fit(entries)):
+        return {}
+    rows = targets.pattern(entries, tile)
     return {} if rows is None else {name: rows}
 
 

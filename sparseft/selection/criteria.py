@@ -7,6 +7,7 @@ w: a weight, g: its gradient of a batch's mean loss, x: an input of its layer, d
 | grad | sum over batches of g | SHiRA-Grad (Bhardwaj et al., 2024); SPEFT's choice (2024, arXiv 2412.13488) |
 | sift | the same; its paper shares the entries by layer | SIFT (Song et al., 2024, arXiv 2312.11875) |
 | balanced | sum of g over the root of its rank-one second moment | ours (docs/quality.md), after Adafactor (2018) |
+| sampled | as balanced, entries drawn with chances in proportion | ours, after Efraimidis & Spirakis (2006) |
 | taylor | w times the sum of g, first order | Molchanov et al., 2017 |
 | snip | the same | SNIP (Lee et al., 2019); SHiRA-SNIP |
 | fisher | sum over batches of g^2 | RoSA's mean_squared (Nikdan et al., 2024, arXiv 2401.04679) |
@@ -37,9 +38,10 @@ from torch import Tensor
 
 from sparseft.pattern import matrix_shape
 from sparseft.selection.criterion import Criterion
+from sparseft.selection.draw import generator, sampled
 from sparseft.selection.gradients import Samples
 from sparseft.selection.inputs import Forward
-from sparseft.selection.lift import generator, lift
+from sparseft.selection.lift import lift
 from sparseft.selection.tokens import Tokens
 from sparseft.selection.training import ShortTraining
 
@@ -210,6 +212,7 @@ CRITERIA: dict[str, Criterion] = {
     "grad": Criterion(_total, _sum),
     "sift": Criterion(_total, _sum),
     "balanced": Criterion(_balanced, _sum),
+    "sampled": sampled(Criterion(_balanced, _sum)),
     "taylor": Criterion(_taylor, _sum),
     "snip": Criterion(_taylor, _sum),
     "fisher": Criterion(_total, _sum_of_squares),

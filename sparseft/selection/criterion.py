@@ -47,6 +47,7 @@ class Criterion:
             layer, `ShortTraining` the change of the weight by a training step.
         state: the shape of a sum of parts -> the shape of `total`; None: the same.
         structure: what is chosen unless `select` is told otherwise.
+        sampled: entries are drawn with chances proportional to |score| instead (see `sampled`).
     """
 
     score: Callable[..., Tensor]
@@ -54,3 +55,4 @@ class Criterion:
     run: Callable[[nn.Module, dict[str, nn.Parameter], Any], Run] = Backward
     state: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None
     structure: str = "entries"
+    sampled: bool = False

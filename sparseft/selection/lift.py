@@ -1,11 +1,10 @@
 """LIFT's principal weights: a weight's entries in its best low-rank approximation."""
 
-import hashlib
-
 import torch
 from torch import Tensor
 
 from sparseft.selection.criterion import Criterion
+from sparseft.selection.draw import generator
 
 
 def lift(rank: int = 64, *, exact: bool = False) -> Criterion:
@@ -46,9 +45,3 @@ def _range(matrix: Tensor, size: int, generator: torch.Generator) -> Tensor:
     for _ in range(2):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
     return basis
-
-
-def generator(name: str, seed: int) -> torch.Generator:
-    """Random numbers for one weight: they depend on seed and name alone, not on the other weights."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7]))

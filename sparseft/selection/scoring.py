@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sparseft.selection.budget import Budget, LineBudget
 from sparseft.selection.criterion import Criterion, Run
+from sparseft.selection.draw import race
 from sparseft.selection.gradients import is_finite
 from sparseft.selection.heap import HeapTrim
 from sparseft.selection.rows import RowBudget
@@ -114,7 +115,7 @@ class Scoring:
         scores = scores.to(self.dtype)
         if not is_finite(scores):
             raise ValueError(f"criterion gives scores for {name} that are not finite in {self.dtype}")
-        self.budgets[name].add(name, scores)
+        self.budgets[name].add(name, race(scores, name, self.seed) if self.criterion.sampled else scores)
 
     def _state(self, name: str, run: Run) -> tuple[int, ...]:
         shape = run.shape(name)

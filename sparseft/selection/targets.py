@@ -59,8 +59,15 @@ class Targets:
 
         Of equally frequent tokens the one with the lower number comes first.
         """
-        room = min(int((self.counts > 0).sum()), entries // self._head.shape[1])
+        room = min(int((self.counts > 0).sum()), self._room(entries))
         return self.counts.argsort(descending=True, stable=True)[:room].sort().values
+
+    def fit(self, entries: int) -> bool:
+        """Whether `entries` has room for the rows of all targets."""
+        return int((self.counts > 0).sum()) <= self._room(entries)
+
+    def _room(self, entries: int) -> int:
+        return entries // self._head.shape[1]
 
     def pattern(self, entries: int, tile: tuple[int, int]) -> Pattern | None:
         """These rows, whole; None if there are none."""
