@@ -39,7 +39,8 @@ class SparseAdamW(Optimizer):
         weight_decay: decoupled decay, of the selected entries only.
         decay_to: "pretrained" pulls towards the values before training, "zero" is the classic decay.
         density: share of the eligible weights to select (drop-in door only).
-        criterion: "sampled", "balanced", "grad" or "taylor", as in `sparseft.select`.
+        criterion: "sampled", "balanced", "grad" or "taylor", as in `sparseft.select`;
+            "sampled" draws by the parameters' positions, always the same.
         allocation: "global" or "layer".
         tile: tile shape.
         include, exclude: globs on parameter names, as in `sparseft.select`; only with a model as `params`.

@@ -119,7 +119,7 @@ class Schedule:
         model, optimizer: as in `reselect`.
         plan: a DropAndGrow or a SelectAgain.
         steps: optimizer steps of the whole training.
-        loss_fn: as in `select`. `seed`: likewise; the number of the step is added to it.
+        loss_fn: as in `select`. `seed`: likewise; for a DropAndGrow the number of the step is added to it.
         group: processes that train copies of the model together, as in `select`: all move alike.
         selection: further arguments of `select`, for SelectAgain. Weights that these do not make eligible, such as
             norm vectors and rows of target tokens, keep their entries.
@@ -180,7 +180,8 @@ class Schedule:
             share = self.plan.share(self.step_count, self.steps)
             chosen = drop_and_grow(self.model, data, share, tiles=self.plan.tiles, second_moments=moments, **common)
         else:
-            chosen = self._others() | select(self.model, data, **common, **self._selection)
+            same = common | {"seed": self._seed}  # what is drawn meets the same random numbers: only new scores move it
+            chosen = self._others() | select(self.model, data, **same, **self._selection)
         moved = reselect(self.model, self.optimizer, chosen, leaving=self.plan.leaving)
         logger.info("step %d: %d entries stay, %d enter, %d leave", self.step_count, *moved)
         return moved

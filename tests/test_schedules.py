@@ -297,11 +297,12 @@ def test_a_step_exchanges_as_drop_and_grow_says():
     assert moved.stayed + moved.entered == sum(map(len, now.values()))
 
 
+@pytest.mark.parametrize("criterion", ["balanced", "sampled"])
 @pytest.mark.parametrize("leaving", ["revert", "keep"])
-def test_selecting_again_is_the_selection_of_the_model_as_it_is(leaving):
+def test_selecting_again_is_the_selection_of_the_model_as_it_is(leaving, criterion):
     model = make()
     arguments = {"density": 0.1, "tile": TILE, "tile_budget": 0.5, "include": ["up", "down"], "allocation": "global",
-                 "criterion": "balanced"}  # fmt: skip
+                 "criterion": criterion}  # fmt: skip
     first = select(model, batches(2), loss_fn=loss_of, **arguments)
     embedding = patterns_from(masks_for(model, 1), TILE)["embed.weight"]
     sparsify(model, first | {"embed.weight": embedding})  # chosen otherwise: not the schedule's to move

@@ -12,7 +12,7 @@ from sparseft import DropAndGrow, Schedule, sparsify
 from sparseft.selection.growth import drop_and_grow
 from tests.tiny import select_entries as select
 
-CRITERIA = ("grad", "fisher", "fisher-token", "taylor", "wanda", "random", "losia", "spiel-ma", "lottery")
+CRITERIA = ("grad", "sampled", "fisher", "fisher-token", "taylor", "wanda", "random", "losia", "spiel-ma", "lottery")
 ADDITIVE = ("grad", "fisher", "fisher-token", "taylor", "wanda", "random")  # the state over ranks is that over batches
 
 

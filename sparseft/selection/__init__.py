@@ -97,7 +97,7 @@ def select(
             `loss_fn` takes. An iterable is read once. None for criteria that need no data.
         density: share of the eligible entries to select, in (0, 1].
         criterion: a name in CRITERIA, or a function (name, weight, gradient summed over batches) -> scores of the
-            weight's shape, which are ranked by magnitude.
+            weight's shape, which are ranked by magnitude; with "sampled" entries are drawn with chances in proportion.
         tile: rows and columns of a tile, with at most 65536 entries.
         tile_budget: share of all tiles that may hold entries, in (0, 1]; 1.0 leaves the choice free. Never fewer
             tiles than k entries need.
@@ -122,7 +122,7 @@ def select(
             tokens, as when the answers are labels of a list; the rows of some words of open text do not help
             (docs/quality.md, H10). Then also only where the model has such an embedding, which `exclude` leaves.
         loss_fn: (model, batch) -> scalar loss.
-        seed: for random scores, and for dropout during the backward passes.
+        seed: for draws and random scores, and for dropout during the backward passes; the same in all of a group.
 
     Returns:
         {parameter name: Pattern} in model order, without the weights in which nothing was selected.

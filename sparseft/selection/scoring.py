@@ -36,7 +36,7 @@ class Scoring:
     Args:
         weights: by name, in model order. `budgets`: the budget of each.
         dtype: of sums and scores.
-        seed: for criteria and models that draw random numbers.
+        seed: for draws, and for criteria and models that use random numbers.
         team: processes whose sums over batches are added up.
     """
 
