@@ -58,7 +58,9 @@ def _compile(kind: str, name: str, texts: dict[str, str]) -> Path:
         for file in needed:
             place = folder / (file if (ROOT / "csrc" / file).exists() else f"cuda/{file}")
             place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_text(texts[file])
+            part = place.with_name(f"{place.name}.{os.getpid()}")  # another process may be compiling from this folder
+            part.write_text(texts[file])
+            part.replace(place)
         _make(target, ["g++", *flags, f"-I{folder}/cuda", "-x", "c++", "-c", str(folder / "cuda" / name)])
     return target
 
