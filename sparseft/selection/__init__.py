@@ -74,7 +74,7 @@ def select(
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     seed: int = 0,
 ) -> dict[str, Pattern]:
-    """Choose the entries with the largest scores, packed into few tiles.
+    """Choose the entries with the largest scores, or draw some by their scores, packed into few tiles.
 
     First the `k = round(density * weights)` best entries of every budget are chosen freely. Each weight's rows and
     columns are then sorted by the score mass chosen in them, which gathers the choice in few tiles; the tiles with
@@ -85,10 +85,11 @@ def select(
     It runs in the mode it is in; in train mode dropout makes scores noisier, though not less repeatable, since the
     generators are seeded with `seed` meanwhile. The same model, batches and seed give the same patterns.
 
-    Memory besides the model and its activations: one weight's gradient, O(k), and, where scores must wait, a score
-    buffer of 4 bytes per eligible entry (8 if a weight is fp64, more for some criteria), reported to the logger. Scores
-    must wait when there are several batches, and when several weights share a budget with `tile_budget` < 1. `memory`
-    bounds that buffer, at the price of more passes over the batches, and changes nothing in the result.
+    Memory besides the model and its activations: one weight's gradient (and, to draw, as many random numbers), O(k),
+    and, where scores must wait, a score buffer of 4 bytes per eligible entry (8 if a weight is fp64, more for some
+    criteria), reported to the logger. Scores must wait when there are several batches, and when several weights share a
+    budget with `tile_budget` < 1. `memory` bounds that buffer, at the price of more passes over the batches, and
+    changes nothing in the result.
 
     Args:
         model: any module. Frozen weights may be selected too. A sparsified model is scored as it is now, all eligible
