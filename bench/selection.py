@@ -51,7 +51,8 @@ CASES: dict[str, tuple[dict[str, Any], int, int | None, int]] = {
     "taylor, free": ({"criterion": "taylor", "tile_budget": 1.0}, 1, 1, 16),
     "grad, in tiles": ({"criterion": "grad", "memory": 0}, 1, 2, 16),
     "grad, layers": ({"criterion": "grad", "allocation": "layer"}, 1, 1, 16),
-    "balanced, layers": ({"criterion": "balanced", "allocation": "layer"}, 1, 1, 16),  # the defaults without the draw
+    "balanced, layers": ({"criterion": "balanced", "allocation": "layer"}, 1, 1, 16),
+    "sampled, layers": ({"criterion": "sampled", "allocation": "layer"}, 1, 1, 16),  # the defaults
     "balanced, in tiles": ({"criterion": "balanced", "memory": 0}, 1, 2, 16),
     # 8 MiB of sums: what the bound leaves beside the activations and the k best
     "grad, 2 batches": ({"criterion": "grad", "tile_budget": 1.0, "memory": 2**23}, 2, None, 4),

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparseft.embeddings import MaskedEmbedding, trains_by_rows
+from sparseft.gated import LeanMLP, lean_mlps, restore_mlp
 from sparseft.norms import LeanRMSNorm, lean_norms, restore_norm
 from sparseft.ops import eager_masked_grad, scatter_delta_
 from sparseft.pattern import TENSORS, Pattern, matrix_shape
@@ -208,6 +209,7 @@ def sparsify(model: nn.Module, patterns: dict[str, Pattern]) -> nn.Module:
     model.requires_grad_(False)
     model.zero_grad()  # a dense gradient left from before has no further use
     lean_norms(model)
+    lean_mlps(model)
     _attach_all(model, prepared, users)
     model._sparseft_flags = flags
     return wrapped
@@ -327,6 +329,8 @@ def densify(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, LeanRMSNorm):
             restore_norm(module)
+        elif isinstance(module, LeanMLP):
+            restore_mlp(module)
     model.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
     for name, flag in model.__dict__.pop("_sparseft_flags", {}).items():
         model.get_parameter(name).requires_grad_(flag)

@@ -2,16 +2,19 @@
 that made the input: then the layer has nothing of its own to keep. Bit for bit what the forward pass had.
 
     a norm's output     from the norm's input and 1/rms (`norms.RMSNorm`)
-    a product           from its factors: the gated activation of an MLP
+    an MLP's product    from the activation's input and the other factor (`gated.Gated`)
+    any other product   from its factors
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparseft import backend
+from sparseft.gated import ACTIVATIONS, Gated
 from sparseft.norms import RMSNorm
 
 
@@ -59,6 +62,8 @@ def hooks_are_active() -> bool:
 def _saved_by(node: Any, input: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]] | None:
     if isinstance(node, RMSNorm._backward_cls):
         return _of_norm, node.saved_tensors
+    if isinstance(node, Gated._backward_cls):
+        return partial(_of_gated, node.act), node.saved_tensors
     if node.name() == "MulBackward0":
         factors = node._saved_self, node._saved_other
         if all(f is not None and f.shape == input.shape and f.dtype == input.dtype for f in factors):
@@ -69,6 +74,10 @@ def _saved_by(node: Any, input: Tensor) -> tuple[Callable[..., Tensor], tuple[Te
 def _of_norm(chosen: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
     normed = _of_matrix(x, chosen).to(rstd.dtype) * rstd.reshape(1, -1)
     return weight[chosen, None] * normed.to(x.dtype)
+
+
+def _of_gated(act: str, chosen: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    return ACTIVATIONS[act].forward(_of_matrix(gate, chosen)).mul_(_of_matrix(up, chosen))
 
 
 def _of_product(chosen: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -103,14 +103,17 @@ def kept(loss: Tensor, model: nn.Module) -> dict[int, int]:
     return {address: size for address, size in found.items() if address not in own}
 
 
-def test_a_sparse_model_keeps_what_a_frozen_one_keeps():
+def test_a_sparse_model_keeps_less_than_a_frozen_one():
     model, plain = sparse_llama()
     ids = torch.randint(4, 50, (2, 16))
     plain.requires_grad_(False)
     plain.get_input_embeddings().register_forward_hook(lambda *io: io[2].requires_grad_())
     model.get_input_embeddings().register_forward_hook(lambda *io: io[2].requires_grad_())
     floor = kept(plain(input_ids=ids, labels=ids).loss, plain)
-    assert sum(kept(model(input_ids=ids, labels=ids).loss, model).values()) == sum(floor.values())
+    found = kept(model(input_ids=ids, labels=ids).loss, model)
+    config = plain.config
+    activations = config.num_hidden_layers * ids.numel() * config.intermediate_size * 4  # bytes of act(gate(x))
+    assert sum(found.values()) == sum(floor.values()) - activations
 
 
 @pytest.mark.parametrize("autocast", [False, True])

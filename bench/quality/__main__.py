@@ -98,7 +98,7 @@ def show(store: Store) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print("no plots: matplotlib is not installed")
     else:
-        for file in report.plot(rows, store.path.parent):
+        for file in report.plot(rows, store.path):
             print(f"wrote {file}")
 
 

@@ -148,8 +148,9 @@ def _distinct(keys: Iterable[tuple]) -> list[tuple]:
     return list(dict.fromkeys(keys))
 
 
-def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Accuracy over trained values, and ability kept over accuracy, one file per task; needs matplotlib.
+def plot(rows: Sequence[Row], results: Path) -> list[Path]:
+    """Accuracy over trained values, and ability kept over accuracy, one file per task beside the CSV `results`, with its
+    name in front; needs matplotlib.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -159,7 +160,6 @@ def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    folder.mkdir(parents=True, exist_ok=True)
     files = []
     tested = [r for r in rows if r["role"] == "test" and r["status"] == "ok" and r["steps"]]
     for study, task in _distinct((r["study"], r["task"]) for r in tested):
@@ -174,7 +174,7 @@ def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
         left.set(xscale="log", xlabel="trained values", ylabel=f"{task}, test accuracy (%)")
         right.set(xlabel=f"{task}, test accuracy (%)", ylabel="HellaSwag, zero-shot (%)")
         right.legend(fontsize=6)
-        files.append(folder / f"quality-{study}-{task}.png")
+        files.append(results.with_name(f"{results.stem}-{study}-{task}.png"))
         figure.savefig(files[-1], dpi=120)
         pyplot.close(figure)
     return files
