@@ -161,6 +161,20 @@ def has_cpu_library() -> bool:
     return "cpu" not in _missing and _forced in (None, "cpu")
 
 
+def runs_on_cpu_library(grad_out: torch.Tensor, *saved: torch.Tensor) -> bool:
+    """Whether the compiled CPU library computes an elementwise gradient: of fp32 or bf16 tensors of one dtype (statistics
+    in fp32 aside), outside of a trace."""
+    return (
+        grad_out.is_cpu
+        and has_cpu_library()
+        and type(grad_out) is torch.Tensor
+        and not torch.compiler.is_compiling()
+        and grad_out.dtype in (torch.float32, torch.bfloat16)
+        and saved[0].dtype == grad_out.dtype
+        and all(t.dtype in (torch.float32, grad_out.dtype) for t in saved[1:])
+    )
+
+
 def backends() -> dict[str, dict[str, dict[str, str]]]:
     """Who serves each operation on each device type, and why not the faster ones.
 

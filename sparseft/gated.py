@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sparseft import backend
+
 LAYERS = ("gate_proj", "up_proj", "down_proj")  # as the families after Llama name them; the activation is act_fn
 
 
@@ -50,6 +52,10 @@ class Gated(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         act = ACTIVATIONS[ctx.act]
         need_gate, need_up, _ = ctx.needs_input_grad
+        if ctx.act == "silu" and backend.runs_on_cpu_library(grad_out, gate, up):
+            flat = (t.reshape(-1).contiguous() for t in (grad_out, gate, up))
+            grads = torch.ops.sparseft_cpu.silu_product_backward(*flat)
+            return *(grad.view_as(gate) for grad in grads), None
         grad_gate = act.backward(grad_out * up, gate) if need_gate else None
         grad_up = act.forward(gate).mul_(grad_out) if need_up else None
         return grad_gate, grad_up, None

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from sparseft import backend
+
 
 class RMSNorm(torch.autograd.Function):
     """weight * (x / rms(x)), rounded to x's dtype before the weight comes (Llama's formula: the fp32 inside is part of
@@ -35,6 +37,10 @@ class RMSNorm(torch.autograd.Function):
     def backward(ctx, grad_out):
         x, rstd, weight = ctx.saved_tensors
         need_x, need_weight, _ = ctx.needs_input_grad
+        if backend.runs_on_cpu_library(grad_out, x, rstd):
+            rows = (t.reshape(-1, weight.numel()).contiguous() for t in (grad_out, x))
+            found = torch.ops.sparseft_cpu.rms_norm_backward(*rows, rstd.reshape(-1), weight.to(torch.float32))
+            return found[0].view_as(x) if need_x else None, found[1].to(ctx.dtype) if need_weight else None, None
         grad_x = grad_weight = None
         grad = grad_out.to(torch.float32)
         normed = x.to(torch.float32) * rstd

@@ -1,5 +1,6 @@
 """Columns of a layer's input computed again in the backward pass, from tensors that autograd keeps for the operation
-that made the input: then the layer has nothing of its own to keep. Bit for bit what the forward pass had.
+that made the input: then the layer has nothing of its own to keep. Bit for bit what the forward pass had; but for an
+activation, whose last bit can depend on where in a vector of the processor a number stands.
 
     a norm's output     from the norm's input and 1/rms (`norms.RMSNorm`)
     an MLP's product    from the activation's input and the other factor (`gated.Gated`)
