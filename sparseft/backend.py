@@ -161,17 +161,15 @@ def has_cpu_library() -> bool:
     return "cpu" not in _missing and _forced in (None, "cpu")
 
 
-def runs_on_cpu_library(grad_out: torch.Tensor, *saved: torch.Tensor) -> bool:
-    """Whether the compiled CPU library computes an elementwise gradient: of fp32 or bf16 tensors of one dtype (statistics
-    in fp32 aside), outside of a trace."""
+def runs_on_cpu_library(x: torch.Tensor) -> bool:
+    """Whether the compiled CPU library computes elementwise on `x` (and others of its dtype): fp32 or bf16, outside of
+    a trace."""
     return (
-        grad_out.is_cpu
+        x.is_cpu
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and type(x) is torch.Tensor
         and has_cpu_library()
-        and type(grad_out) is torch.Tensor
         and not torch.compiler.is_compiling()
-        and grad_out.dtype in (torch.float32, torch.bfloat16)
-        and saved[0].dtype == grad_out.dtype
-        and all(t.dtype in (torch.float32, grad_out.dtype) for t in saved[1:])
     )
 
 

@@ -52,7 +52,7 @@ class Gated(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         act = ACTIVATIONS[ctx.act]
         need_gate, need_up, _ = ctx.needs_input_grad
-        if ctx.act == "silu" and backend.runs_on_cpu_library(grad_out, gate, up):
+        if ctx.act == "silu" and backend.runs_on_cpu_library(grad_out):  # of the factors' dtype
             flat = (t.reshape(-1).contiguous() for t in (grad_out, gate, up))
             grads = torch.ops.sparseft_cpu.silu_product_backward(*flat)
             return *(grad.view_as(gate) for grad in grads), None

@@ -147,9 +147,10 @@ class _Sparse(_Swapped):
         """The plain layer's output; under autocast in autocast's dtype, as the plain layer's."""
         x, weight, bias = input, self.weight, self.bias
         device = input.device.type
-        if not torch.amp.is_autocast_available(device):  # the meta device
+        # (there is none for the meta device)
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
             return self._linear(input, x, weight, bias)
-        if torch.is_autocast_enabled(device) and input.dtype != torch.float64:  # autocast leaves fp64 alone
+        if input.dtype != torch.float64:  # autocast leaves fp64 alone
             dtype = torch.get_autocast_dtype(device)
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)

@@ -37,7 +37,7 @@ class RMSNorm(torch.autograd.Function):
     def backward(ctx, grad_out):
         x, rstd, weight = ctx.saved_tensors
         need_x, need_weight, _ = ctx.needs_input_grad
-        if backend.runs_on_cpu_library(grad_out, x, rstd):
+        if backend.runs_on_cpu_library(grad_out) and x.dtype == grad_out.dtype:
             rows = (t.reshape(-1, weight.numel()).contiguous() for t in (grad_out, x))
             found = torch.ops.sparseft_cpu.rms_norm_backward(*rows, rstd.reshape(-1), weight.to(torch.float32))
             return found[0].view_as(x) if need_x else None, found[1].to(ctx.dtype) if need_weight else None, None

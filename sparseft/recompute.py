@@ -73,6 +73,9 @@ def _saved_by(node: Any, input: Tensor) -> tuple[Callable[..., Tensor], tuple[Te
 
 
 def _of_norm(chosen: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
+    if backend.runs_on_cpu_library(x) and weight.dtype == x.dtype:
+        flat = x.detach().reshape(-1, x.shape[-1])
+        return torch.ops.sparseft_cpu.norm_columns(flat, rstd.reshape(-1), weight.detach(), chosen)
     normed = _of_matrix(x, chosen).to(rstd.dtype) * rstd.reshape(1, -1)
     return weight[chosen, None] * normed.to(x.dtype)
 
