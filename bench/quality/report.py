@@ -149,7 +149,7 @@ def _distinct(keys: Iterable[tuple]) -> list[tuple]:
 
 
 def plot(rows: Sequence[Row], results: Path) -> list[Path]:
-    """Accuracy over trained values, and ability kept over accuracy, one file per task beside the CSV `results`, with its
+    """Accuracy over trained values, and ability kept over accuracy: a file per task beside the CSV `results`, with its
     name in front; needs matplotlib.
 
     Raises:

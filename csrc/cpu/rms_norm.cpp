@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_out, const Tenso
   Tensor grad_weight = torch::stable::new_zeros(weight, {input.size(1)});
   visit_narrow(input.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Rows<T> rows{grad_out.const_data_ptr<T>(), input.const_data_ptr<T>(), rstd.const_data_ptr<float>(),
+    const Rows<T> rows{grad_out.const_data_ptr<T>(),   input.const_data_ptr<T>(),        rstd.const_data_ptr<float>(),
                        weight.const_data_ptr<float>(), grad_input.mutable_data_ptr<T>(), input.size(1)};
     backward(rows, input.size(0), grad_weight.mutable_data_ptr<float>());
   });
