@@ -21,8 +21,9 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparseft.embeddings import MaskedEmbedding, trains_by_rows
-from sparseft.gated import LeanMLP, lean_mlps, restore_mlp
-from sparseft.norms import LeanRMSNorm, lean_norms, restore_norm
+from sparseft.gated import lean_mlps
+from sparseft.lean import Lean, restore
+from sparseft.norms import LeanRMSNorm, lean_norms
 from sparseft.ops import eager_masked_grad, scatter_delta_
 from sparseft.pattern import TENSORS, Pattern, matrix_shape
 from sparseft.saved import Saved, SharedInput, share_inputs
@@ -289,12 +290,12 @@ def keep_left_(chosen: Selected, left: tuple[Tensor, Tensor] | None) -> None:
 def computing_densely(model: nn.Module) -> Iterator[None]:
     """Inside, weights can get dense gradients: sparse layers compute as plain ones, and no gradient is gathered."""
     selected(model)  # mends what a copy lost
-    sparse = [(m, type(m)) for m in plain(model).modules() if isinstance(m, _Swapped | LeanRMSNorm)]
+    sparse = [(m, type(m)) for m in plain(model).modules() if isinstance(m, _Swapped | Lean)]
     gathers = [hook for p in model.parameters() for hook in (p._post_accumulate_grad_hooks or {}).values()
                if isinstance(hook, _Gather)]  # fmt: skip
     try:
         for module, _ in sparse:
-            module.__class__ = module.plain
+            module.__class__ = module._sparseft_plain if isinstance(module, Lean) else module.plain
         for gather in gathers:
             gather.suspended = True
         yield
@@ -328,10 +329,8 @@ def densify(model: nn.Module) -> nn.Module:
                 delattr(head, attribute)
             _unswap(head)
     for module in model.modules():
-        if isinstance(module, LeanRMSNorm):
-            restore_norm(module)
-        elif isinstance(module, LeanMLP):
-            restore_mlp(module)
+        if isinstance(module, Lean):
+            restore(module)
     model.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
     for name, flag in model.__dict__.pop("_sparseft_flags", {}).items():
         model.get_parameter(name).requires_grad_(flag)

@@ -6,13 +6,16 @@ more activation for each norm. `lean_norms` lets the norms of a model that compu
 
 import copy
 import inspect
+from functools import partial
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sparseft import backend
+from sparseft.lean import Lean, make_lean, may_become_lean, same_in_both_modes
 
 
 class RMSNorm(torch.autograd.Function):
@@ -37,9 +40,9 @@ class RMSNorm(torch.autograd.Function):
     def backward(ctx, grad_out):
         x, rstd, weight = ctx.saved_tensors
         need_x, need_weight, _ = ctx.needs_input_grad
-        if backend.runs_on_cpu_library(grad_out) and x.dtype == grad_out.dtype:
+        if backend.runs_on_cpu_library(grad_out) and x.dtype == grad_out.dtype and x.shape[-1] == weight.numel():
             rows = (t.reshape(-1, weight.numel()).contiguous() for t in (grad_out, x))
-            found = torch.ops.sparseft_cpu.rms_norm_backward(*rows, rstd.reshape(-1), weight.to(torch.float32))
+            found = torch.ops.sparseft_cpu.rms_norm_backward(*rows, rstd.reshape(-1), weight.float().contiguous())
             return found[0].view_as(x) if need_x else None, found[1].to(ctx.dtype) if need_weight else None, None
         grad_x = grad_weight = None
         grad = grad_out.to(torch.float32)
@@ -54,25 +57,22 @@ class RMSNorm(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-class LeanRMSNorm(nn.Module):
-    """Takes the class of a norm for as long as the model is sparsified: same object, same weight, same numbers.
-
-    Where all of the weight trains, its leaf `values` gets the gradient.
-    """
+class LeanRMSNorm(Lean):
+    """Computes with `RMSNorm`. Where all of the weight trains, its leaf `values` gets the gradient."""
 
     weight: nn.Parameter
     values: nn.Parameter
-    plain: type[nn.Module]
-    _eps: float
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K] -> the plain norm's output, bit for bit."""
+        if kwargs or len(args) != 1:
+            args = inspect.signature(self._sparseft_plain.forward).bind(self, *args, **kwargs).args[1:]
         about = self.__dict__.get("_sparseft")
         whole = about is not None and not about["weight"]["gathers"]  # else a hook moves the weight's own gradient
-        return RMSNorm.apply(hidden_states, self.values if whole else self.weight, (self.weight, self._eps))
+        return RMSNorm.apply(args[0], self.values if whole else self.weight, (self.weight, self._sparseft_fixed))
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self._eps}"
+        return f"{tuple(self.weight.shape)}, eps={self._sparseft_fixed}"
 
 
 def lean_norms(model: nn.Module) -> None:
@@ -80,26 +80,18 @@ def lean_norms(model: nn.Module) -> None:
     for module in model.modules():
         eps = _epsilon(module)
         if eps is not None and _same_formula(module, eps):
-            module.plain, module._eps, module.__class__ = type(module), eps, LeanRMSNorm
-
-
-def restore_norm(module: LeanRMSNorm) -> None:
-    """Back to the class that the norm had."""
-    module.__class__ = module.plain
-    del module.plain, module._eps
+            make_lean(module, LeanRMSNorm, eps)
 
 
 def _epsilon(module: nn.Module) -> float | None:
     """The epsilon of what looks like an RMSNorm: by its name, one weight vector, and a forward of one argument."""
-    if not type(module).__name__.endswith("RMSNorm") or isinstance(module, LeanRMSNorm):
+    if not type(module).__name__.endswith("RMSNorm") or not may_become_lean(module):
         return None
     weight = module._parameters.get("weight")
     alone = len(module._parameters) == 1 and not module._buffers and not module._modules
     if not alone or weight is None or weight.dim() != 1 or weight.is_meta:
         return None
     if weight.dtype == torch.float64:  # the formula's fp32 inside: its gradients depend on the order of the roundings
-        return None
-    if "forward" in module.__dict__ or len(inspect.signature(type(module).forward).parameters) != 2:
         return None
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     return float(eps) if isinstance(eps, Real) else None  # numpy's, from a GGUF file
@@ -118,11 +110,7 @@ def _same_formula(module: nn.Module, eps: float) -> bool:
     probe._parameters = {"weight": nn.Parameter(random.to(weight))}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):  # autocast brings others than the weight's
         rows = x.to(weight.device, dtype)
-        try:
-            theirs = type(module).forward(probe, rows)
-        except Exception:  # somebody else's code, which may want other shapes: whatever it raises, it stays
-            return False
-        ours = RMSNorm.apply(rows, probe.weight, (probe.weight, eps))
-        if not (isinstance(theirs, Tensor) and theirs.dtype == ours.dtype and torch.equal(theirs, ours)):
+        theirs = partial(type(module).forward, probe, rows)
+        if not same_in_both_modes(probe, theirs, partial(RMSNorm.apply, rows, probe.weight, (probe.weight, eps))):
             return False
     return True

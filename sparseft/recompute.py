@@ -62,7 +62,8 @@ def hooks_are_active() -> bool:
 
 def _saved_by(node: Any, input: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]] | None:
     if isinstance(node, RMSNorm._backward_cls):
-        return _of_norm, node.saved_tensors
+        x, _, weight = kept = node.saved_tensors
+        return (_of_norm, kept) if weight.numel() == x.shape[-1] else None  # else one number for all columns
     if isinstance(node, Gated._backward_cls):
         return partial(_of_gated, node.act), node.saved_tensors
     if node.name() == "MulBackward0":
@@ -75,7 +76,7 @@ def _saved_by(node: Any, input: Tensor) -> tuple[Callable[..., Tensor], tuple[Te
 def _of_norm(chosen: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
     if backend.runs_on_cpu_library(x) and weight.dtype == x.dtype:
         flat = x.detach().reshape(-1, x.shape[-1])
-        return torch.ops.sparseft_cpu.norm_columns(flat, rstd.reshape(-1), weight.detach(), chosen)
+        return torch.ops.sparseft_cpu.norm_columns(flat, rstd.reshape(-1), weight.detach().contiguous(), chosen)
     normed = _of_matrix(x, chosen).to(rstd.dtype) * rstd.reshape(1, -1)
     return weight[chosen, None] * normed.to(x.dtype)
 

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from sparseft import Pattern, densify, reselect, sparsify
 from sparseft.layers import selected
-from sparseft.norms import LeanRMSNorm, lean_norms
+from sparseft.norms import LeanRMSNorm, RMSNorm, lean_norms
 from sparseft.recompute import source
 
 from . import tiny
@@ -43,7 +43,7 @@ def pair(dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     nn.init.normal_(plain.weight)
     lean = copy.deepcopy(plain)
     lean_norms(lean)
-    assert type(lean) is LeanRMSNorm
+    assert isinstance(lean, LeanRMSNorm) and isinstance(lean, LlamaRMSNorm)
     return plain, lean
 
 
@@ -93,6 +93,60 @@ def test_the_compiled_gradients_are_exact(rows, width, dtype):
         finally:
             torch.set_num_threads(threads)
         assert all(map(torch.equal, grads, again))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 33, 515])
+@pytest.mark.parametrize("strided", [False, True])
+def test_the_compiled_columns_of_a_norm_have_its_bits(tokens, strided, dtype):
+    x = torch.randn(tokens, 45).to(dtype)[:, : 37 if strided else 45]
+    weight = torch.randn(x.shape[1]).to(dtype)
+    out = RMSNorm.apply(x, weight, (weight, 1e-5))
+    rstd = (x.float().square().mean(-1) + 1e-5).rsqrt()
+    for chosen in (torch.randperm(37)[:20], torch.tensor([], dtype=torch.int64)):
+        got = torch.ops.sparseft_cpu.norm_columns(x, rstd, weight, chosen.to(torch.int32))
+        assert torch.equal(got, out.T[chosen])
+
+
+def test_columns_of_a_norm_that_do_not_fit_are_refused():
+    x, rstd, weight, cols = torch.zeros(3, 5), torch.zeros(3), torch.zeros(5), torch.tensor([4], dtype=torch.int32)
+    columns = torch.ops.sparseft_cpu.norm_columns
+    for args, message in (
+        ((x, rstd, weight, cols + 1), "outside the matrix"),
+        ((x, rstd, weight, cols - 5), "outside the matrix"),
+        ((x, rstd[:2], weight, cols), r"rstd must be \[3\]"),
+        ((x, rstd, weight[:4], cols), r"weight must be \[5\]"),
+        ((x, rstd, weight.bfloat16(), cols), "weight must be Float"),
+        ((x.double(), rstd, weight.double(), cols), "expected float32 or bfloat16"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            columns(*args)
+
+
+@pytest.mark.parametrize("weight", [torch.ones(16)[::2], torch.ones(1).expand(8), torch.ones(1)], ids=str)
+def test_a_frozen_norm_may_have_any_weight_that_multiplies(weight):
+    norm = LlamaRMSNorm(8)
+    norm.weight = nn.Parameter(weight)
+    plain = nn.Sequential(nn.Linear(8, 8), norm, nn.Linear(8, 8))
+    model = copy.deepcopy(plain)
+    patterns = {f"{i}.weight": Pattern.from_mask(torch.rand(8, 8) < 0.5) for i in (0, 2)}
+    sparsify(model, patterns)
+    x = torch.randn(5, 8)
+    for each in (model, plain):
+        each(x).square().sum().backward()
+    for name, pattern in patterns.items():
+        dense = plain.get_parameter(name).grad
+        torch.testing.assert_close(
+            selected(model)[name].values.grad, pattern.gather(dense), rtol=1e-5, atol=1e-5 * float(dense.abs().max())
+        )
+
+
+def test_a_norm_takes_its_argument_by_name():
+    plain, lean = pair(torch.float32)
+    x = torch.randn(3, 37)
+    assert torch.equal(lean(hidden_states=x), plain(x))
+    with pytest.raises(TypeError, match="hidden_states"):
+        lean()
 
 
 def test_what_does_not_fit_is_refused():
@@ -267,7 +321,7 @@ def test_a_meta_default_device_is_no_hindrance():
     plain = LlamaRMSNorm(8)
     with torch.device("meta"):
         lean_norms(plain)
-    assert type(plain) is LeanRMSNorm
+    assert isinstance(plain, LeanRMSNorm)
 
 
 def test_back_and_copies():

@@ -200,6 +200,7 @@ def table() -> str:
     """The hypotheses as a Markdown table, for docs/quality.md."""
     lines = ["| hypothesis | supposed | paired with | variants | verdict |", "|---|---|---|---|---|"]
     for h in HYPOTHESES:
-        names = ", ".join(v.name for v in h.variants) or (f"none yet: needs {h.needs}" if h.needs else "another dtype")
+        needed = f"none yet: needs {h.needs}" if h.needs else "none: compares results files"
+        names = ", ".join(v.name for v in h.variants) or needed
         lines.append(f"| {h.name} | {h.claim} | {h.base} | {names} | not run yet |")
     return "\n".join(lines)

@@ -100,10 +100,11 @@ def _differences(rows: Sequence[Row], tuned: Sequence[Row]) -> str:
                 if mine[0]["role"] == "screen":
                     base = base + [r for r in tuned if (r["variant"], r["study"], r["task"], r["rate"]) ==
                                    (h.base, study, task, mine[0]["rate"])]  # fmt: skip
+                mine, base = _at_seeds_of(base, mine), _at_seeds_of(mine, base)
                 found = paired(mine, base)
                 if found is not None:
                     mean, half, seeds = found
-                    loss = _mean_loss(mine, base) - _mean_loss(base, mine)
+                    loss = _mean_loss(mine) - _mean_loss(base)
                     text = f"{_mean(mine, 'text_loss')} ({_mean(base, 'text_loss')})"
                     lines.append(f"| {h.name} | {variant.name} | {h.base} | {task} | {seeds} | "
                                  f"{100 * mean:+.1f} ± {100 * half:.1f} | {loss:+.3f} | {text} |")  # fmt: skip
@@ -112,10 +113,14 @@ def _differences(rows: Sequence[Row], tuned: Sequence[Row]) -> str:
     return "\n".join(head + lines) if lines else ""
 
 
-def _mean_loss(rows: Sequence[Row], others: Sequence[Row]) -> float:
-    """Over the seeds that `others` have too."""
+def _at_seeds_of(others: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+    """The rows whose seeds `others` have too."""
     seeds = {row["seed"] for row in others}
-    losses = [row["loss"] if "loss" in row else row["validation_loss"] for row in rows if row["seed"] in seeds]
+    return [row for row in rows if row["seed"] in seeds]
+
+
+def _mean_loss(rows: Sequence[Row]) -> float:
+    losses = [row["loss"] if "loss" in row else row["validation_loss"] for row in rows]
     return sum(losses) / len(losses)
 
 
