@@ -41,7 +41,18 @@ def check_row(row: object, where: str) -> Row:
             raise ValueError(f"{where}: 'answer' must be an index into the {len(choices)} choices, got {answer!r}")
     else:
         raise ValueError(f"{where}: expected 'messages' or 'prompt' and 'completion', got the fields {sorted(row)}")
+    if "keys" in row:
+        _check_keys(row["keys"], where)
     return row
+
+
+def _check_keys(keys: object, where: str) -> None:
+    """A text in place of a list would be read letter by letter."""
+    if not isinstance(keys, list) or not all(
+        isinstance(spellings, list) and spellings and all(isinstance(text, str) and text.strip() for text in spellings)
+        for spellings in keys
+    ):
+        raise ValueError(f"{where}: 'keys' must be a list of facts, each a list of its spellings, got {keys!r}")
 
 
 def _check_messages(messages: object, where: str) -> None:

@@ -21,7 +21,14 @@ def normalise(text: str) -> str:
 
 
 def has_key_facts(answer: str, keys: Iterable[Iterable[str]]) -> bool:
-    """Whether every key fact is in the answer, in one of its accepted spellings, at word boundaries."""
+    """Whether every key fact is in the answer, in one of its accepted spellings, at word boundaries.
+
+    Raises:
+        TypeError: a fact is a text instead of a list of its spellings.
+    """
+    keys = list(keys)
+    if any(isinstance(spellings, str) for spellings in keys):
+        raise TypeError(f"keys must be lists of spellings, got {keys!r}")
     padded = f" {normalise(answer)} "
     return all(any(f" {normalise(spelling)} " in padded for spelling in spellings) for spellings in keys)
 

@@ -73,7 +73,8 @@ class LeanMLP(Lean):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K] -> the plain MLP's output, bit for bit."""
         act, activation = self._sparseft_fixed
-        if kwargs or len(args) != 1 or type(self.act_fn) is not activation or not _calls_nobody(self.act_fn):
+        same = type(self.act_fn) is activation and self._sparseft_plain.forward is type(self)._sparseft_forward
+        if kwargs or len(args) != 1 or not same or not _calls_nobody(self.act_fn):
             return super().forward(*args, **kwargs)
         gate, up = self.gate_proj(args[0]), self.up_proj(args[0])
         if gate.shape != up.shape or gate.dtype != up.dtype:

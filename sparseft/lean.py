@@ -16,10 +16,12 @@ class Lean(nn.Module):
     """Base of the classes in front.
 
     Attributes:
-        _sparseft_plain: the class that the module had. `_sparseft_fixed`: what its forward needs to know besides.
+        _sparseft_plain: the class that the module had, and `_sparseft_forward`, that class's forward, which was probed.
+        _sparseft_fixed: what the lean forward needs to know besides.
     """
 
     _sparseft_plain: type[nn.Module]
+    _sparseft_forward: Callable[..., Any]
     _sparseft_fixed: Any
 
     def __reduce_ex__(self, protocol):  # the class has no place where pickle could find it
@@ -38,8 +40,8 @@ def _lean_class(front: type[Lean], plain: type[nn.Module], fixed: Hashable) -> t
 
 
 def _make_class(front: type[Lean], plain: type[nn.Module], fixed: Hashable) -> type[Lean]:
-    inside = {"_sparseft_plain": plain, "_sparseft_fixed": fixed, "__module__": plain.__module__,
-              "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}  # fmt: skip
+    inside = {"_sparseft_plain": plain, "_sparseft_forward": plain.forward, "_sparseft_fixed": fixed}
+    inside |= {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(plain.__name__, (front, plain), inside)
 
 
@@ -59,23 +61,31 @@ def restore(module: Lean) -> None:
 
 
 def may_become_lean(module: nn.Module) -> bool:
-    """Whether its forward is its class's, of one argument, and nobody is in front of it yet."""
+    """Whether a call runs its class's forward, of one argument, and nobody is in front of it yet."""
     if isinstance(module, Lean | torch.jit.ScriptModule) or "forward" in module.__dict__:
+        return False
+    if type(module).__call__ is not nn.Module.__call__:
         return False
     _, *arguments = inspect.signature(type(module).forward).parameters.values()
     return len(arguments) == 1 and arguments[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
 def same_in_both_modes(probe: nn.Module, theirs: Callable[[], Any], ours: Callable[[], Tensor]) -> bool:
-    """Whether `theirs`, somebody's forward on `probe`, gives the same bits as `ours`, in training and in evaluation."""
+    """Whether `theirs`, somebody's forward on `probe`, gives the same bits as `ours`, in training and in evaluation,
+    and leaves nothing behind on the module."""
     with torch.random.fork_rng(devices=[]):  # theirs may draw
         for training in (False, True):
             probe.training = training
+            before = dict(probe.__dict__)
             try:
                 found = theirs()
             except Exception:  # somebody else's code, which may want other shapes: whatever it raises, it stays
                 return False
             if not (isinstance(found, Tensor) and _same_bits(found, ours())):
+                return False
+            if before.keys() != probe.__dict__.keys() or any(
+                probe.__dict__[name] is not before[name] for name in before
+            ):
                 return False
     return True
 

@@ -95,6 +95,8 @@ class SparseAdamW(Optimizer):
         if not self._drop_in and not (include is None and exclude is None):
             raise ValueError("include / exclude: what trains was chosen by sparsify; they go with density=")
         super().__init__(_as_params(params, lr, density_power, include, exclude, drop_in=self._drop_in), defaults)
+        if not self._drop_in and not any(p.requires_grad for group in self.param_groups for p in group["params"]):
+            raise ValueError("params: none requires a gradient: something froze the leaves after sparsify")
         if density is not None:
             weights = [(number, p) for number, group in enumerate(self.param_groups) for p in group["params"]]
             self._waiting = FirstBackward(weights, density, criterion, allocation, tile, self._adopt)

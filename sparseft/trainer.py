@@ -63,6 +63,9 @@ class SparseConfig:
 
     def __post_init__(self):
         """Refuse at once what `sparseft.select` would refuse after the model and the data are loaded."""
+        if not isinstance(self.refresh, DropAndGrow | SelectAgain | None):
+            raise TypeError("refresh must be a DropAndGrow or a SelectAgain, such as sparseft.schedules.PLANS['rigl'], "
+                            f"got {self.refresh!r}")  # fmt: skip
         if self.batches < 1:
             raise ValueError(f"batches must be at least 1, got {self.batches}")
         for name, share in (("density", self.density), ("tile_budget", self.tile_budget)):

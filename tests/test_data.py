@@ -42,6 +42,7 @@ BROKEN = {
     "one choice": '{"question": "a", "choices": ["b"], "answer": 0}',
     "answer out of range": '{"question": "a", "choices": ["b", "c"], "answer": 2}',
     "answer no index": '{"question": "a", "choices": ["b", "c"], "answer": true}',
+    "keys flat": '{"prompt": "a", "completion": "b", "keys": ["b"]}',
     "no UTF-8": b'{"prompt": "\xff\xfe", "completion": "b"}',
 }
 

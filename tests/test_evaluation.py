@@ -28,6 +28,11 @@ from sparseft.evaluation import (
 from .tiny import EOS, PAIRS, VOCABULARY, gpt2, llama, tokenizer
 
 
+def test_a_fact_must_be_a_list_of_spellings():
+    with pytest.raises(TypeError, match="lists of spellings"):
+        has_key_facts("I like a cat", ["answer2"])
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("  Hold the  TANSY-button, 13 s! ", "hold the tansy button 13 s"), ("a_b\n\tx", "a b x"), ("?!", "")],

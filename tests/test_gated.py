@@ -74,6 +74,17 @@ class Open(LlamaMLP):
         return super().forward(*args)
 
 
+class Recording(LlamaMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x
+        return super().forward(x)
+
+
+class Calling(LlamaMLP):
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(2 * x)
+
+
 class Own(LlamaMLP):
     """The formula, with a life of its own."""
 
@@ -105,7 +116,7 @@ def test_mlps_of_the_formula_become_lean_and_come_back(name, act):
     assert type(lean) is LlamaMLP and lean.__dict__.keys() == plain.__dict__.keys() and torch.equal(lean(x), plain(x))
 
 
-OTHERS = (Swapped, Clamped, Choosy, WithChild, WithDropout, Narrowing, Careful, Open)
+OTHERS = (Swapped, Clamped, Choosy, WithChild, WithDropout, Narrowing, Careful, Open, Recording, Calling)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -136,7 +147,7 @@ def test_a_lean_mlp_keeps_what_its_class_has():
     assert (lean.plain, lean._act) == ("mine", "mine, too") and type(lean) is Own
 
 
-def test_another_activation_is_called():
+def test_another_activation_or_forward_is_called(monkeypatch):
     lean = sparse(mlp())
     assert isinstance(lean, LeanMLP)
     lean.act_fn = nn.ReLU()
@@ -145,6 +156,9 @@ def test_another_activation_is_called():
     lean.act_fn = copy.deepcopy(mlp().act_fn)
     lean.act_fn.forward = lambda gate: gate * 0
     assert not lean(x).any()
+    patched = sparse(mlp())
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: x)
+    assert torch.equal(patched(x), x)
 
 
 def test_an_mlp_with_a_hook_on_its_activation_calls_it():

@@ -73,3 +73,10 @@ def test_what_does_not_fit_is_named():
         param_groups(sparsified(), 1e-2, -1)
     with pytest.raises(ValueError, match="this model has no selected entries"):
         param_groups(nn.Linear(2, 3), 1e-2)
+
+
+def test_frozen_leaves_are_no_parameters_to_train():
+    model = sparsified()
+    model.requires_grad_(False)  # as putting LoRA on top does
+    with pytest.raises(ValueError, match="none requires a gradient"):
+        SparseAdamW(model)

@@ -1062,7 +1062,7 @@ def test_nan_weights_are_named():
 
 def test_a_model_without_a_loss_is_explained():
     model = make_llama()
-    with pytest.raises(ValueError, match=r"model\(\*\*batch\).loss \(given labels\?\) must be a scalar tensor"):
+    with pytest.raises(ValueError, match=r"model\(\*\*batch\).loss .* must be a scalar tensor"):
         select(model, [{"input_ids": torch.ones(1, 4, dtype=torch.long)}])
 
 

@@ -159,7 +159,7 @@ def loss_of(model: nn.Module, batch: Any, number: int, loss_fn: Callable[[nn.Mod
         loss, source = loss_fn(model, batch), "loss_fn(model, batch)"
     else:
         output = model(**moved_to(model, batch, number))
-        loss, source = getattr(output, "loss", None), "model(**batch).loss (given labels?)"
+        loss, source = getattr(output, "loss", None), "model(**batch).loss (has the batch labels? else give a loss_fn)"
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"batch {number}: {source} must be a scalar tensor, got {got}")
