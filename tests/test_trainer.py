@@ -400,8 +400,9 @@ def test_a_dense_learning_rate_is_warned_about(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [
-    {"refresh": "rigl"}, {"density": 0.0}, {"density": 1.5}, {"tile_budget": 0}, {"criterion": "luck"}, {"allocation": "luck"},
-    {"batches": 0}, {"structure": "rings"}, {"score_after": -1}, {"refresh": DropAndGrow(), "structure": "rows"},
+    {"density": 0.0}, {"density": 1.5}, {"tile_budget": 0}, {"criterion": "luck"}, {"allocation": "luck"},
+    {"batches": 0}, {"structure": "rings"}, {"score_after": -1}, {"refresh": "rigl"},
+    {"refresh": DropAndGrow(), "structure": "rows"},
 ], ids=str)  # fmt: skip
 def test_wrong_settings_are_refused_at_once(wrong):
     name, *_ = wrong

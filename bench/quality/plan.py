@@ -64,7 +64,7 @@ class Scale:
 FULL = Scale("full", steps=120, batch=16, tune_steps=60, rates=3, extensions=1, validation_rows=0, test_rows=1000,
              other_rows=400, hellaswag_rows=400, text_rows=64, seeds=(0, 1, 2), tasks=("banking77", "arc_easy"),
              claims=tuple(v.name for v in CLAIMS),
-             tuned=DENSITIES, finalists=FINALISTS, screen=2, hypotheses=False, time_of="lora-r8")  # fmt: skip
+             tuned=DENSITIES, finalists=FINALISTS, screen=2, hypotheses=False, time_of="lora-r4")  # fmt: skip
 SMALL_SCALE = Scale("small", steps=16, batch=8, tune_steps=8, rates=2, extensions=0, validation_rows=32, test_rows=80,
                     other_rows=24, hellaswag_rows=24, text_rows=8, seeds=(0,), tasks=("banking77", "arc_easy"),
                     claims=SMALL, tuned=(), finalists=(), screen=0, hypotheses=False, time_of="")  # fmt: skip

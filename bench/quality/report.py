@@ -76,12 +76,12 @@ def summary(rows: Sequence[Row]) -> str:
 def _variants(rows: Sequence[Row]) -> str:
     lines = ["| variant | values | rate | seeds | accuracy | other task | HellaSwag | text loss | CPU s / step | "
              "prepare CPU s |", "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for (name,) in _distinct((r["variant"],) for r in rows):
-        mine = [r for r in rows if r["variant"] == name]
+    for name, rate in _distinct((r["variant"], r["rate"]) for r in rows):
+        mine = [r for r in rows if (r["variant"], r["rate"]) == (name, rate)]
         steps = sum(r["steps"] for r in mine)
         per_step = f"{sum(r['train_cpu_s'] for r in mine) / steps:.2f}" if steps else "-"
         lines.append(
-            f"| {name} | {mine[0].get('trained_values', 0):,.0f} | {mine[0]['rate']:.3g} | {len(mine)} | "
+            f"| {name} | {mine[0].get('trained_values', 0):,.0f} | {rate:.3g} | {len(mine)} | "
             + " | ".join(_percent([r[c] for r in mine]) for c in ("accuracy", "other_accuracy", "hellaswag_accuracy"))
             + f" | {_mean(mine, 'text_loss')} | {per_step} | "
             + f"{mean_and_half([r['prepare_cpu_s'] for r in mine])[0]:.1f} |"
