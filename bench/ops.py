@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import nn
 from bench.machine import describe
 from bench.memory import forget_peak, resident
 from sparseft import reference
+from sparseft.hugepages import collapse
 from sparseft.ops import masked_grad, scatter_delta_, select_topk, sparse_adamw_
 from sparseft.pattern import Pattern, pack
 
@@ -139,10 +140,7 @@ def _adamw(sizes: Sizes, name: str, dtype: torch.dtype) -> Group:
     grad = torch.randn(len(values), generator=generator)
     exp_avg, exp_avg_sq = torch.zeros_like(values), torch.zeros_like(values)
     step, lr = torch.ones(len(weights), dtype=torch.int64), torch.tensor(1e-6, dtype=torch.float64)
-    dense = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in (*shapes, sizes.embedding)]
-    for parameter in dense:
-        parameter.grad = torch.randn_like(parameter)
-    optimizer = torch.optim.AdamW(dense, lr=1e-6, fused=True)
+    dense, huge = (_dense_adamw((*shapes, sizes.embedding), dtype) for _ in range(2))
 
     # the lines of the weights that hold an entry, read and written; values and moments likewise; gradient, positions
     per_line = LINE // dtype.itemsize
@@ -150,7 +148,9 @@ def _adamw(sizes: Sizes, name: str, dtype: torch.dtype) -> Group:
     moved = 2 * LINE * lines + len(values) * (3 * 8 + 4 + 2)
     # copied in pieces that the cache cannot hold, as the weights are
     source = torch.empty(64 << 20).fill_(1.0)
-    target = torch.empty_like(source)
+    target = torch.zeros_like(source)
+    collapse([source, target, *weights, values, exp_avg, exp_avg_sq])  # the latter four as SparseAdamW does
+    collapse([t for p, state in huge.state.items() for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])])
 
     def ours() -> None:
         sparse_adamw_(weights, values, grad, exp_avg, exp_avg_sq, layout, step=step, lr=lr, weight_decay=0.01)
@@ -173,8 +173,20 @@ def _adamw(sizes: Sizes, name: str, dtype: torch.dtype) -> Group:
     ]  # fmt: skip
     if name == "fp32":
         bounds.append(("x dense fused AdamW", faster_than("dense fused AdamW"), 1 / 0.07))
-    calls = {"ours": ours, "dense fused AdamW": optimizer.step, "copy": lambda: target.copy_(source)}
-    return Group("sparse_adamw", f"{len(values)} of {sum(p.numel() for p in dense)}", name, calls, check, bounds)
+    calls = {"ours": ours, "dense fused AdamW": dense.step, "dense fused AdamW in huge pages": huge.step,
+             "copy": lambda: target.copy_(source)}  # fmt: skip
+    count = sum(p.numel() for p in dense.state)
+    return Group("sparse_adamw", f"{len(values)} of {count}", name, calls, check, bounds)
+
+
+def _dense_adamw(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> torch.optim.Optimizer:
+    """After its first step: all memory is there."""
+    weights = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
+    for parameter in weights:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer = torch.optim.AdamW(weights, lr=1e-6, fused=True)
+    optimizer.step()
+    return optimizer
 
 
 def _random_pattern(shape: tuple[int, int], density: float, generator: torch.Generator) -> Pattern:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparseft.hugepages import collapse
 from sparseft.layers import Selected, refresh_values
 from sparseft.ops import sparse_adamw_
 from sparseft.pattern import pack
@@ -40,6 +41,7 @@ class Arena:
         for one in chosen:
             refresh_values(one)
         self._note_versions()
+        collapse([*self.weights, self.values, *self.buffers.values(), self.base])
 
     def _attach(self, state: dict[nn.Parameter, dict[str, Any]]) -> None:
         self._addresses = []
