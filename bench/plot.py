@@ -41,16 +41,20 @@ def main() -> None:
         sys.exit(f"{RESULTS} is not there: run python -m bench.finetune first")
     with RESULTS.open(newline="") as file:
         rows = list(csv.DictReader(file))
+    measured = {row["provider"] for row in rows}
+    labels = [SHOWN[name] for name in SHOWN if name in measured]
+    place = {name: len(labels) - i for i, name in enumerate(name for name in SHOWN if name in measured)}
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for axis, column, title in zip(axes, ("step_ms", "peak_mb"), ("step time", "peak memory over the model"),
                                    strict=True):  # fmt: skip
         for number, dtype in enumerate(("bf16", "fp32")):
             share = shares(rows, column, dtype)
-            places = [len(SHOWN) - list(SHOWN).index(name) - 0.4 * number for name in share]
-            bars = axis.barh(places, list(share.values()), height=0.38, label=dtype)
+            bars = axis.barh(
+                [place[name] - 0.4 * number for name in share], list(share.values()), height=0.38, label=dtype
+            )
             axis.bar_label(bars, fmt="%.2f", fontsize=7)
         axis.set(title=f"{title}, share of dense", xlim=(0, 1.2))
-        axis.set_yticks([len(SHOWN) - i - 0.2 for i in range(len(SHOWN))], list(SHOWN.values()))
+        axis.set_yticks([at - 0.2 for at in place.values()], labels)
     axes[0].legend()
     head = rows[-1]
     figure.supxlabel(f"SmolLM2-135M, {head['rows']} x {head['tokens']} tokens; {head['cpu']}, {head['cores']} cores, "
