@@ -4,6 +4,7 @@ A module whose forward is known to be a certain formula gets a class of its own 
 attributes, methods and name, still an instance of its class; only `forward` is another.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -30,13 +31,14 @@ class Lean(nn.Module):
         return _rebuild, (front, self._sparseft_plain, self._sparseft_fixed), state
 
 
-_classes: dict[tuple[type[Lean], type[nn.Module], Hashable], type[Lean]] = {}
+_classes: dict[tuple[type[Lean], type[nn.Module], Callable, Hashable], type[Lean]] = {}
 
 
 def _lean_class(front: type[Lean], plain: type[nn.Module], fixed: Hashable) -> type[Lean]:
-    if (front, plain, fixed) not in _classes:
-        _classes[front, plain, fixed] = _make_class(front, plain, fixed)
-    return _classes[front, plain, fixed]
+    key = front, plain, plain.forward, fixed
+    if key not in _classes:
+        _classes[key] = _make_class(front, plain, fixed)
+    return _classes[key]
 
 
 def _make_class(front: type[Lean], plain: type[nn.Module], fixed: Hashable) -> type[Lean]:
@@ -52,42 +54,51 @@ def _rebuild(front: type[Lean], plain: type[nn.Module], fixed: Hashable) -> Lean
 
 def make_lean(module: nn.Module, front: type[Lean], fixed: Hashable) -> None:
     """Put `front` in front of the module's class."""
-    module.__class__ = _lean_class(front, type(module), fixed)
+    object.__setattr__(module, "__class__", _lean_class(front, type(module), fixed))
 
 
 def restore(module: Lean) -> None:
     """Back to the class that the module had."""
-    module.__class__ = module._sparseft_plain
+    object.__setattr__(module, "__class__", module._sparseft_plain)
 
 
 def may_become_lean(module: nn.Module) -> bool:
     """Whether a call runs its class's forward, of one argument, and nobody is in front of it yet."""
     if isinstance(module, Lean | torch.jit.ScriptModule) or "forward" in module.__dict__:
         return False
-    if type(module).__call__ is not nn.Module.__call__:
+    own = {name for one in type(module).__mro__ if one not in (nn.Module, object) for name in vars(one)}
+    if own & {"__call__", "__init_subclass__", "__reduce__", "__reduce_ex__"}:  # a class in front would get in the way
         return False
-    _, *arguments = inspect.signature(type(module).forward).parameters.values()
-    return len(arguments) == 1 and arguments[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    arguments = list(inspect.signature(type(module).forward).parameters.values())
+    return len(arguments) == 2 and arguments[1].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
 def same_in_both_modes(probe: nn.Module, theirs: Callable[[], Any], ours: Callable[[], Tensor]) -> bool:
     """Whether `theirs`, somebody's forward on `probe`, gives the same bits as `ours`, in training and in evaluation,
     and leaves nothing behind on the module."""
-    with torch.random.fork_rng(devices=[]):  # theirs may draw
+    own = vars(nn.Module()).keys()
+    for name, value in vars(probe).items():
+        if isinstance(value, list | dict | set) and name not in own:
+            vars(probe)[name] = copy.copy(value)  # theirs may write to it
+    with torch.random.fork_rng(devices=[]):  # ... or draw
         for training in (False, True):
             probe.training = training
-            before = dict(probe.__dict__)
+            before = _state(probe)
             try:
                 found = theirs()
             except Exception:  # somebody else's code, which may want other shapes: whatever it raises, it stays
                 return False
             if not (isinstance(found, Tensor) and _same_bits(found, ours())):
                 return False
-            if before.keys() != probe.__dict__.keys() or any(
-                probe.__dict__[name] is not before[name] for name in before
-            ):
+            if before != _state(probe):
                 return False
     return True
+
+
+def _state(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """What of a module's attributes changes when they are replaced or grow."""
+    return {name: (id(value), len(value) if isinstance(value, list | dict | set) else 0)
+            for name, value in vars(module).items()}  # fmt: skip
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

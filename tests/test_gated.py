@@ -80,6 +80,26 @@ class Recording(LlamaMLP):
         return super().forward(x)
 
 
+class Logging(LlamaMLP):
+    def __init__(self, config):
+        super().__init__(config)
+        self.log: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.log.append(float(x.sum()))
+        return super().forward(x)
+
+
+class Registered(LlamaMLP):
+    def __init_subclass__(cls, name: str, **kwargs):
+        super().__init_subclass__(**kwargs)
+
+
+class Pickling(LlamaMLP):
+    def __reduce__(self):
+        return mlp, ()
+
+
 class Calling(LlamaMLP):
     def __call__(self, x: Tensor) -> Tensor:
         return super().__call__(2 * x)
@@ -116,7 +136,21 @@ def test_mlps_of_the_formula_become_lean_and_come_back(name, act):
     assert type(lean) is LlamaMLP and lean.__dict__.keys() == plain.__dict__.keys() and torch.equal(lean(x), plain(x))
 
 
-OTHERS = (Swapped, Clamped, Choosy, WithChild, WithDropout, Narrowing, Careful, Open, Recording, Calling)
+OTHERS = (
+    Swapped,
+    Clamped,
+    Choosy,
+    WithChild,
+    WithDropout,
+    Narrowing,
+    Careful,
+    Open,
+    Recording,
+    Logging,
+    Registered,
+    Pickling,
+    Calling,
+)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -125,7 +159,7 @@ def test_mlps_of_another_formula_stay(act, plain, training):
     module = mlp(act, plain).train(training)
     before, state = type(module), torch.get_rng_state()
     lean_mlps(module)
-    assert type(module) is before and torch.equal(torch.get_rng_state(), state)
+    assert type(module) is before and torch.equal(torch.get_rng_state(), state) and not getattr(module, "log", [])
 
 
 def test_a_traced_mlp_stays():

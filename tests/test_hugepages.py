@@ -1,9 +1,12 @@
 """Huge pages: what lies in them is what lay there before, at the same place."""
 
+import platform
+import sys
+
 import pytest
 import torch
 
-from sparseft import hugepages
+from sparseft import Pattern, SparseAdamW, hugepages, sparsify
 from sparseft.hugepages import collapse
 
 
@@ -17,14 +20,53 @@ def test_contents_and_addresses_stay():
     assert not tensors[0].any()
 
 
-@pytest.mark.skipif(not hugepages._page_size(), reason="this system has no huge pages, or they are switched off")
+def kernel() -> tuple[int, ...]:
+    return tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="huge pages are Linux's here")
 def test_a_large_tensor_moves():
+    if not hugepages._page_size() or kernel() < (6, 1):
+        pytest.skip("this system has no huge pages on demand, or they are switched off")
     assert collapse([torch.randn(1 << 24)]) > 0  # 64 MiB; the system may have no room for some
 
 
-def test_small_tensors_and_those_elsewhere_are_left_alone(monkeypatch):
+def test_the_pages_that_hold_a_large_cpu_tensor_are_asked_for_once(monkeypatch):
+    size, asked = 1 << 21, []
+    monkeypatch.setattr(hugepages, "_page_size", lambda: size)
+    monkeypatch.setattr(hugepages, "_advise", lambda start, n: asked.append((start, n)) or True)
+    large = torch.randn(3 << 19)  # 6 MiB
+    tensors = [torch.randn(100), torch.empty(1 << 22, device="meta"), large, large[1 << 18 :]]
+    first, last = large.data_ptr() // size, (large.data_ptr() + large.nbytes - 1) // size
+    assert collapse(tensors) == last - first + 1
+    assert asked == [(page * size, size) for page in range(first, last + 1)]
+
+
+def test_a_system_that_refuses_is_not_asked_for_ever(monkeypatch):
+    asked = []
     monkeypatch.setattr(hugepages, "_page_size", lambda: 1 << 21)
-    assert collapse([torch.randn(100), torch.empty(1 << 22, device="meta")]) == 0
+    monkeypatch.setattr(hugepages, "_advise", lambda start, n: bool(asked.append(start)))
+    assert collapse([torch.empty(1 << 26)]) == 0 and len(asked) == hugepages.PATIENCE
+
+
+def test_the_optimizers_weights_and_state_move(monkeypatch):
+    moved: list[torch.Tensor] = []
+    monkeypatch.setattr("sparseft.arena.collapse", moved.extend)
+    model = torch.nn.Linear(8, 8)
+    sparsify(model, {"weight": Pattern.from_mask(torch.rand(8, 8) < 0.5)})
+    optimizer = SparseAdamW(model)
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+    addresses = {tensor.data_ptr() for tensor in moved}
+    state = optimizer.state[model.values]
+    assert {t.data_ptr() for t in (model.weight, model.values, state["exp_avg"], state["exp_avg_sq"])} <= addresses
+
+
+@pytest.mark.parametrize("size", [0, 1 << 29])
+def test_pages_of_no_or_enormous_size_are_not_used(size, monkeypatch):
+    monkeypatch.setattr(hugepages, "_page_size", lambda: size)
+    monkeypatch.setattr(hugepages, "_advise", lambda start, n: pytest.fail("asked for"))
+    assert collapse([torch.randn(1 << 22)]) == 0
 
 
 @pytest.mark.parametrize("text", ["always madvise [never]", None])

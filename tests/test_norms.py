@@ -141,6 +141,15 @@ def test_a_frozen_norm_may_have_any_weight_that_multiplies(weight):
         )
 
 
+def test_a_patched_norm_computes_what_the_patch_says(monkeypatch):
+    norm = LlamaRMSNorm(8)
+    model = nn.Sequential(nn.Linear(8, 8), norm)
+    sparsify(model, {"0.weight": Pattern.from_mask(torch.rand(8, 8) < 0.5)})
+    assert isinstance(norm, LeanRMSNorm)
+    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: 0 * x)
+    assert not norm(torch.randn(2, 8)).any()
+
+
 def test_a_norm_takes_its_argument_by_name():
     plain, lean = pair(torch.float32)
     x = torch.randn(3, 37)

@@ -94,9 +94,12 @@ def _differences(rows: Sequence[Row], tuned: Sequence[Row]) -> str:
     lines = []
     for h in HYPOTHESES:
         for variant in h.variants:
-            for study, task in _distinct((r["study"], r["task"]) for r in rows if r["variant"] == variant.name):
+            for study, task, rate in _distinct(
+                (r["study"], r["task"], r["rate"]) for r in rows if r["variant"] == variant.name
+            ):
                 here = [r for r in rows if (r["study"], r["task"]) == (study, task)]
-                mine, base = ([r for r in here if r["variant"] == name] for name in (variant.name, h.base))
+                mine = [r for r in here if (r["variant"], r["rate"]) == (variant.name, rate)]
+                base = [r for r in here if r["variant"] == h.base]
                 if mine[0]["role"] == "screen":
                     base = base + [r for r in tuned if (r["variant"], r["study"], r["task"], r["rate"]) ==
                                    (h.base, study, task, mine[0]["rate"])]  # fmt: skip
