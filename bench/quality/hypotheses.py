@@ -87,7 +87,7 @@ CLAIMS: tuple[Variant, ...] = (
     Variant("supertuning-1%", "supertuning", {"density": 0.01}),
 )
 DENSITIES = ("density-0.5%", "density-2%", "density-5%")  # whether one rate suits all of them
-FINALISTS = ("per-row", "density-5%", "density-2%")  # the best screens and tunings at the default rate
+FINALISTS = ("per-row", *DENSITIES)  # the best screen, and the densities at the default rate
 SMALL = ("sparse-1%", "lora-r8", "shira-r4", "supertuning-1%", "dense")  # of the claims, those of the small study
 
 HYPOTHESES: tuple[Hypothesis, ...] = (

@@ -33,8 +33,8 @@ class Scale:
         validation_rows, test_rows, other_rows, hellaswag_rows: questions asked at most; 0: all.
         text_rows: of HellaSwag's stories, read as plain text after every run.
         tasks: the first one is also that of the finalists, and the hypotheses' screens begin with it.
-        claims: names of the variants. `tuned`: names of variants of which only the best rate is asked. `finalists`:
-            those whose screens were best, tested at the default rate with the first task.
+        claims: names of the variants. `tuned`: names of variants that are tuned and tested at their best rate with the
+            first task. `finalists`: those that are tested at the default rate with it.
         screen: how many seeds of each hypothesis's variants are compared with their base at the base's rate, over
             `tune_steps` on the validation part; 0: none. `hypotheses`: whether they are also tuned and tested.
         time_of: variant whose CPU time the others get in the second comparison, at equal time; "" for none.
@@ -117,7 +117,7 @@ def _ordered(rows: Sequence[Row], scale: Scale) -> Iterator[Run]:
     claims = [v for v in CLAIMS if v.name in scale.claims]
     varied = [v for h in HYPOTHESES for v in h.variants]
     extra = [replace(v, rates=SHIPPED.rates) for v in varied if v.name in scale.finalists]
-    extra += varied if scale.hypotheses else []
+    extra += [v for v in varied if scale.hypotheses or v.name in scale.tuned]  # at their tuned rates
     first = scale.tasks[:1]
     for task in first:
         for variant in claims:
