@@ -118,14 +118,18 @@ def _same_formula(module: nn.Module, act: str) -> bool:
     x = scale * torch.randn(4, 5, 7, generator=generator, device="cpu")
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         layers = {name: _Times(torch.randn(7, generator=generator, device="cpu").to(dtype)) for name in LAYERS}
-        gate, up, down = (layers[name] for name in LAYERS)
         probe = copy.copy(module)
         probe._modules = {**module._modules, **layers}
         rows = x.to(dtype)
-        theirs = partial(type(module).forward, probe, rows)
-        if not same_in_both_modes(probe, theirs, lambda: down(Gated.apply(gate(rows), up(rows), act))):  # noqa: B023
+        theirs, ours = partial(type(module).forward, probe, rows), partial(_formula, layers, rows, act)
+        if not same_in_both_modes(probe, theirs, ours):
             return False
     return True
+
+
+def _formula(layers: dict[str, nn.Module], x: Tensor, act: str) -> Tensor:
+    gate, up, down = (layers[name] for name in LAYERS)
+    return down(Gated.apply(gate(x), up(x), act))
 
 
 class _Times(nn.Module):

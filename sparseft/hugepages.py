@@ -13,9 +13,7 @@ from torch import Tensor
 
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 MADV_COLLAPSE = 25  # since Linux 6.1
-LARGEST = (
-    1 << 25
-)  # bytes of a page: what lies between tensors in larger ones (arm64 has some of 512 MiB) would cost too much
+LARGEST = 1 << 25  # bytes of a page: larger ones (512 MiB on some arm64) hold too much that lies between tensors
 PATIENCE = 16  # pages refused in a row, after which no other is asked for: each try takes time
 
 
