@@ -151,8 +151,12 @@ def masked_grad(grad_out: Tensor, input: Tensor, pattern: Pattern, out: Tensor |
     _expect_device("input", input, grad_out)
     _expect_layout(pattern.layout, grad_out)
     flat = (grad_out.reshape(-1, pattern.shape[0]), input.reshape(-1, pattern.shape[1]))
-    if out is None:
+    if out is None and torch.is_grad_enabled() and (grad_out.requires_grad or input.requires_grad):
         return torch.ops.sparseft.masked_grad(*flat, *pattern.layout)
+    if out is None:  # not by the same way: autograd's own part takes as long as a small layer's gradient
+        out = grad_out.new_zeros(len(pattern), dtype=_accumulator(grad_out.dtype))
+        torch.ops.sparseft.masked_grad_(out, *flat, *pattern.layout, False)
+        return out
     _expect_vector("out", out, len(pattern), (_accumulator(grad_out.dtype),), grad_out)
     _refuse_autograd("masked_grad(out=)", out, *flat)
     torch.ops.sparseft.masked_grad_(out, *flat, *pattern.layout, True)

@@ -14,17 +14,17 @@ template <typename Bits>
 void columns_as_rows(const Tensor& input, const Order& order, Tensor& out) {
   const Matrix<Bits> x{static_cast<const Bits*>(input.const_data_ptr()), input.size(0), input.size(1), input.stride(0),
                        input.stride(1)};
-  const Columns columns(order, 0, order.size, x.width);
+  Matrix<Bits> whole = x;
+  whole.tokens = x.tokens / kStep<Bits> * kStep<Bits>;  // a step past the end would reach into the next row
+  const Columns columns(order, 0, order.size, x);
   Bits* to = static_cast<Bits*>(out.mutable_data_ptr());
-  const int64_t whole = x.tokens / kStep<Bits> * kStep<Bits>;  // a step past the end would reach into the next row
   // waking a thread costs as much as moving some 100,000 numbers
   const int64_t grain = std::max<int64_t>(1, (1 << 18) / std::max<int64_t>(1, columns.block_size() * x.tokens));
   torch::stable::parallel_for(0, columns.blocks(), grain, [&](int64_t begin, int64_t end) {
-    gather<Bits, Bits>(x, columns, begin, end, whole, to, x.tokens);
-    for (int64_t block = begin; block < end; ++block)
-      for (const Columns::Item* item = columns.begin(block); item != columns.end(block); ++item)
-        for (int64_t t = whole; t < x.tokens; ++t)
-          to[item->row * x.tokens + t] = x.data[item->column * x.column_stride + t * x.token_stride];
+    gather(whole, columns, begin, end, to, x.tokens);
+    for (int64_t column = columns.first(begin); column < columns.last(end - 1); ++column)
+      columns.each_row(column,
+                       [&](int64_t row) { copy_column(x, column, whole.tokens, x.tokens, to + row * x.tokens); });
   });
 }
 

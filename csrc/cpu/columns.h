@@ -1,8 +1,7 @@
 // Columns of a [T, *] matrix as rows of a buffer: a dot product over T then walks memory in order.
 //
-// Blocks of neighbouring columns are transposed in registers, as many units of 32 bits each way as a register holds (a
-// unit is one fp32 number, or two consecutive tokens of a 16-bit one); where only a few columns of a block are wanted,
-// one by one.
+// Neighbouring columns that fill 16 bytes of a token are transposed in registers, as many tokens in each of a register's
+// lanes of 128 bits; where only a few columns of a cache line are wanted, one by one.
 #pragma once
 
 #include <cstring>
@@ -31,152 +30,183 @@ Matrix<T> matrix_of(const Tensor& tensor) {
 template <typename S>
 constexpr int64_t kStep = sizeof(S) == 2 ? 32 : 16;
 
-// Columns of a block: units of a register.
-constexpr int64_t kWide = 16;   // AVX-512
-constexpr int64_t kNarrow = 8;  // AVX2: 16 x 16 units would be twice its registers
-inline int64_t block_size() {
-  return has_avx512() ? kWide : kNarrow;
-}
-
-template <int64_t lanes>
-struct VectorsOf {
-  typedef uint32_t Units __attribute__((vector_size(4 * lanes), aligned(2), may_alias));
-  typedef uint16_t Halves __attribute__((vector_size(2 * lanes), aligned(2), may_alias));
-};
-template <int64_t lanes>
-using Units = typename VectorsOf<lanes>::Units;
-
-// The wanted columns, grouped by block.
+// The wanted columns. A block are those that share a cache line of a token.
 class Columns {
  public:
-  // Columns order[begin], ..., order[end - 1] of a matrix. Indices that no entry uses were not checked: they are
-  // clamped.
-  Columns(const Order& order, int64_t begin, int64_t end, int64_t width)
-      : width_(width),
-        start_(width / block_ + 2),
-        items_(end - begin) {
-    const auto column = [&](int64_t i) { return std::clamp<int64_t>(order[begin + i], 0, width - 1); };
-    for (int64_t i = 0; i < end - begin; ++i) ++start_[column(i) / block_ + 1];
-    for (size_t block = 1; block < start_.size(); ++block) start_[block] += start_[block - 1];
-    std::vector<int64_t> next = start_;
-    for (int64_t i = 0; i < end - begin; ++i) items_[next[column(i) / block_]++] = {column(i), i};
+  // Columns order[begin], ..., order[end - 1] of a matrix of T, as rows 0, 1, ... of the buffer. Indices that no entry
+  // uses were not checked: they are clamped.
+  template <typename T>
+  Columns(const Order& order, int64_t begin, int64_t end, const Matrix<T>& x)
+      : block_size_(64 / sizeof(T)),
+        width_(x.width),
+        start_(width_ + 2),
+        rows_(end - begin) {
+    const auto column = [&](int64_t i) { return std::clamp<int64_t>(order[begin + i], 0, width_ - 1); };
+    for (int64_t i = 0; i < end - begin; ++i) ++start_[column(i) + 2];
+    for (size_t c = 2; c < start_.size(); ++c) start_[c] += start_[c - 1];
+    for (int64_t i = 0; i < end - begin; ++i) rows_[start_[column(i) + 1]++] = i;
   }
 
-  struct Item {
-    int64_t column;
-    int64_t row;  // of the buffer
-  };
-  int64_t blocks() const { return static_cast<int64_t>(start_.size()) - 1; }
-  const Item* begin(int64_t block) const { return items_.data() + start_[block]; }
-  const Item* end(int64_t block) const { return items_.data() + start_[block + 1]; }
-  int64_t block_size() const { return block_; }
-  // Where a vector of neighbouring columns that holds the block starts.
-  int64_t first_column(int64_t block) const { return std::min(block * block_, width_ - block_); }
+  int64_t block_size() const { return block_size_; }
+  int64_t blocks() const { return rows_.empty() ? 0 : (width_ + block_size_ - 1) / block_size_; }
+  // The columns [first, last) of a block.
+  int64_t first(int64_t block) const { return block * block_size_; }
+  int64_t last(int64_t block) const { return std::min(first(block + 1), width_); }
+  // How many rows the columns [first, last) become; mostly each becomes one or none.
+  int64_t count(int64_t first, int64_t last) const { return start_[last] - start_[first]; }
+  // f(row) for the rows that a column becomes.
+  template <typename F>
+  SPARSEFT_INLINE void each_row(int64_t column, const F& f) const {
+    for (int64_t i = start_[column]; i < start_[column + 1]; ++i) f(rows_[i]);
+  }
 
  private:
-  const int64_t block_ = sparseft::block_size();
-  int64_t width_;
-  std::vector<int64_t> start_;
-  std::vector<Item> items_;
+  int64_t block_size_, width_;
+  std::vector<int64_t> start_, rows_;
 };
 
-// Lanes of two vectors, exchanged in groups of `group`: low keeps a's even groups, high b's odd ones.
-template <size_t group, int64_t lanes, size_t... Lane>
-SPARSEFT_INLINE void exchange(Units<lanes>& a, Units<lanes>& b, std::index_sequence<Lane...>) {
-  const Units<lanes> low = __builtin_shufflevector(a, b, (Lane & group ? lanes + Lane - group : Lane)...);
-  b = __builtin_shufflevector(a, b, (Lane & group ? lanes + Lane : Lane + group)...);
-  a = low;
+// Numbers of T as bits, in a register of `bytes`.
+template <typename T, int64_t bytes>
+struct VectorOfBits {
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  typedef Bits type __attribute__((vector_size(bytes), aligned(sizeof(T)), may_alias));
+};
+template <typename T, int64_t bytes>
+using Bits = typename VectorOfBits<T, bytes>::type;
+
+template <typename T>
+constexpr int64_t kGroup = 16 / sizeof(T);  // neighbouring columns that are transposed together
+
+template <typename V, size_t... I>
+SPARSEFT_INLINE auto joined(const V& low, const V& high, std::index_sequence<I...>) {
+  return __builtin_shufflevector(low, high, I...);
 }
 
-template <int64_t lanes, size_t group = lanes / 2>
-SPARSEFT_INLINE void transpose(Units<lanes> (&rows)[lanes]) {
-#pragma GCC unroll 16
-  for (size_t i = 0; i < lanes; ++i)
-    if (!(i & group)) exchange<group, lanes>(rows[i], rows[i + group], std::make_index_sequence<lanes>());
-  if constexpr (group > 1) transpose<lanes, group / 2>(rows);
-}
-
-template <typename T, typename S>
-constexpr bool kTransposable = sizeof(S) == 2 || std::is_same_v<T, float> || std::is_same_v<T, uint32_t> ||
-                               (std::is_same_v<T, BFloat16> && std::is_same_v<S, float>);
-
-// Unit `number` (a token, or two of them) of `lanes` neighbouring columns.
-template <int64_t lanes, typename T, typename S>
-SPARSEFT_INLINE Units<lanes> load_units(const T* from, int64_t stride, int64_t number) {
-  if constexpr (sizeof(T) == 4) {
-    return *reinterpret_cast<const Units<lanes>*>(from + number * stride);
+// A group of columns; lane l: token l * kGroup.
+template <typename T, int64_t bytes>
+SPARSEFT_INLINE Bits<T, bytes> load_lanes(const T* from, int64_t stride) {
+  if constexpr (bytes == 16) {
+    return *reinterpret_cast<const Bits<T, 16>*>(from);
   } else {
-    const auto widened = [&](int64_t token) {
-      using Halves = typename VectorsOf<lanes>::Halves;
-      return __builtin_convertvector(*reinterpret_cast<const Halves*>(from + token * stride), Units<lanes>);
-    };
-    if constexpr (sizeof(S) == 4) return widened(number) << 16;  // bf16 is the upper half of fp32
-    return widened(2 * number) | widened(2 * number + 1) << 16;
+    const auto low = load_lanes<T, bytes / 2>(from, stride);
+    const auto high = load_lanes<T, bytes / 2>(from + bytes / 32 * kGroup<T> * stride, stride);
+    return joined(low, high, std::make_index_sequence<bytes / sizeof(T)>());
   }
 }
 
-// Tokens [t0, t0 + kStep) of one column; those past the end are zero.
+// In each lane: the numbers of the lower (or upper) halves of a and b, in turn.
+template <size_t group, bool upper, typename V, size_t... I>
+SPARSEFT_INLINE V in_turn(const V& a, const V& b, std::index_sequence<I...>) {
+  constexpr size_t all = sizeof...(I);
+  return __builtin_shufflevector(a, b, (I / group * group + upper * group / 2 + I % group / 2 + I % 2 * all)...);
+}
+
+// In each lane: number j of vector i becomes number i of vector j. Each round brings rows together that are half of
+// them apart, like shuffling a pack of cards perfectly.
+template <int64_t rounds, typename V, size_t group>
+SPARSEFT_INLINE void transpose(V (&rows)[group]) {
+  constexpr auto lanes = std::make_index_sequence<sizeof(V) * group / 16>();
+  V next[group];
+#pragma GCC unroll 8
+  for (size_t i = 0; i < group / 2; ++i) {
+    next[2 * i] = in_turn<group, false>(rows[i], rows[i + group / 2], lanes);
+    next[2 * i + 1] = in_turn<group, true>(rows[i], rows[i + group / 2], lanes);
+  }
+#pragma GCC unroll 8
+  for (size_t i = 0; i < group; ++i) rows[i] = next[i];
+  if constexpr (rounds > 1) transpose<rounds - 1>(rows);
+}
+
 template <typename T, typename S>
-SPARSEFT_INLINE void copy_step(const Matrix<T>& x, int64_t column, int64_t t0, int64_t tokens, S* to) {
-  const T* from = x.data + column * x.column_stride + t0 * x.token_stride;
-  if (t0 + kStep<S> <= tokens) {
-    for (int64_t t = 0; t < kStep<S>; ++t) to[t] = static_cast<S>(from[t * x.token_stride]);
+constexpr bool kTransposable = std::is_same_v<T, S> || (std::is_same_v<T, BFloat16> && std::is_same_v<S, float>);
+
+// Consecutive tokens of one column.
+template <typename T, typename V>
+SPARSEFT_INLINE void store(const V& tokens, T* to) {
+  *reinterpret_cast<V*>(to) = tokens;
+}
+template <typename V>
+SPARSEFT_INLINE void store(const V& tokens, float* to) {
+  if constexpr (sizeof(tokens[0]) == 2) {  // bf16 is the upper half of fp32
+    using Wide = Bits<float, 2 * sizeof(V)>;
+    *reinterpret_cast<Wide*>(to) = __builtin_convertvector(tokens, Wide) << 16;
   } else {
-    for (int64_t t = 0; t < kStep<S>; ++t) to[t] = t0 + t < tokens ? static_cast<S>(from[t * x.token_stride]) : S(0);
+    *reinterpret_cast<V*>(to) = tokens;
   }
 }
 
-// The part of `gather` below for blocks of `lanes` columns.
-template <int64_t lanes, typename T, typename S>
-SPARSEFT_INLINE void gather_blocks(const Matrix<T>& x, const Columns& columns, int64_t begin, int64_t end,
-                                   int64_t tokens, S* to, int64_t stride) {
-  constexpr int64_t few = lanes / 4;                // columns that cost less one by one
-  constexpr int64_t piece = lanes * 4 / sizeof(S);  // tokens of a transposed square
-  for (int64_t t = 0; t < tokens; t += piece) {     // tokens outside: neighbouring blocks share cache lines
-    const int64_t t0 = t / kStep<S> * kStep<S>;
-    for (int64_t block = begin; block < end; ++block) {
-      const Columns::Item *item = columns.begin(block), *last = columns.end(block);
-      if constexpr (kTransposable<T, S>) {
-        if (last - item > few && t0 + kStep<S> <= tokens && x.width >= lanes && x.column_stride == 1) {
-          const int64_t first = columns.first_column(block);
-          Units<lanes> units[lanes];
-#pragma GCC unroll 16
-          for (int64_t i = 0; i < lanes; ++i)
-            units[i] = load_units<lanes, T, S>(x.data + t * x.token_stride + first, x.token_stride, i);
-          // the next tokens lie in other pages, where the processor does not look ahead
-          for (int64_t i = 0; i < piece && t + piece + i < tokens; ++i)
-            __builtin_prefetch(x.data + (t + piece + i) * x.token_stride + first);
-          transpose<lanes>(units);
-          for (; item != last; ++item)
-            *reinterpret_cast<Units<lanes>*>(to + item->row * stride + t) = units[item->column - first];
-          continue;
+// Tokens [begin, end) of one column; those past the last one are zero.
+template <typename T, typename S>
+SPARSEFT_INLINE void copy_column(const Matrix<T>& x, int64_t column, int64_t begin, int64_t end, S* to) {
+  const T* from = x.data + column * x.column_stride;
+  const int64_t last = std::min(end, x.tokens);
+  for (int64_t t = begin; t < last; ++t) to[t] = static_cast<S>(from[t * x.token_stride]);
+  for (int64_t t = std::max(begin, last); t < end; ++t) to[t] = S(0);
+}
+
+// The part of `gather` below with registers of `bytes`.
+template <int64_t bytes, typename T, typename S>
+SPARSEFT_INLINE void gather_blocks(const Matrix<T>& x, const Columns& columns, int64_t begin, int64_t end, S* to,
+                                   int64_t stride) {
+  constexpr int64_t group = kGroup<T>, piece = bytes / sizeof(T);  // tokens of a register
+  const auto copy = [&](int64_t first, int64_t last, int64_t t0, int64_t t1) {
+    for (int64_t column = first; column < last; ++column)
+      columns.each_row(column, [&](int64_t row) { copy_column(x, column, t0, t1, to + row * stride); });
+  };
+  int64_t t = 0;
+  if constexpr (kTransposable<T, S>) {
+    const int64_t whole = x.column_stride == 1 ? x.tokens / piece * piece : 0;
+    for (; t < whole; t += piece) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t first = columns.first(block), last = columns.last(block);
+        // The next tokens of a column lie in another page, where the processor does not look ahead.
+        const T* next = x.data + (block + 1 < end ? t : t + piece) * x.token_stride +
+                        columns.first(block + 1 < end ? block + 1 : begin);
+        if (block + 1 < end || t + piece < whole)
+          for (int64_t i = 0; i < piece; ++i) __builtin_prefetch(next + i * x.token_stride);
+        int64_t column = first;
+        for (; column + group <= last; column += group) {
+          const int64_t wanted = columns.count(column, column + group);
+          if (wanted == 0) continue;
+          if (wanted <= group / 4) {
+            copy(column, column + group, t, t + piece);
+            continue;
+          }
+          Bits<T, bytes> tokens[group];
+#pragma GCC unroll 8
+          for (int64_t i = 0; i < group; ++i)
+            tokens[i] = load_lanes<T, bytes>(x.data + (t + i) * x.token_stride + column, x.token_stride);
+          transpose<group == 8 ? 3 : group == 4 ? 2 : 1>(tokens);
+#pragma GCC unroll 8
+          for (int64_t i = 0; i < group; ++i)
+            columns.each_row(column + i, [&](int64_t row) { store(tokens[i], to + row * stride + t); });
         }
+        copy(column, last, t, t + piece);
       }
-      if (t != t0) continue;  // a step at a time
-      for (; item != last; ++item) copy_step(x, item->column, t0, tokens, to + item->row * stride + t0);
     }
   }
+  const int64_t padded = (x.tokens + kStep<S> - 1) / kStep<S> * kStep<S>;
+  if (t == padded) return;
+  for (int64_t block = begin; block < end; ++block) copy(columns.first(block), columns.last(block), t, padded);
 }
 
 template <typename T, typename S>
-SPARSEFT_AVX512 void gather_wide(const Matrix<T>& x, const Columns& columns, int64_t begin, int64_t end, int64_t tokens,
-                                 S* to, int64_t stride) {
-  gather_blocks<kWide>(x, columns, begin, end, tokens, to, stride);
+SPARSEFT_AVX512 void gather_wide(const Matrix<T>& x, const Columns& columns, int64_t begin, int64_t end, S* to,
+                                 int64_t stride) {
+  gather_blocks<64>(x, columns, begin, end, to, stride);
 }
 
 template <typename T, typename S>
-SPARSEFT_CLONES void gather_narrow(const Matrix<T>& x, const Columns& columns, int64_t begin, int64_t end,
-                                   int64_t tokens, S* to, int64_t stride) {
-  gather_blocks<kNarrow>(x, columns, begin, end, tokens, to, stride);
+SPARSEFT_CLONES void gather_narrow(const Matrix<T>& x, const Columns& columns, int64_t begin, int64_t end, S* to,
+                                   int64_t stride) {
+  gather_blocks<32>(x, columns, begin, end, to, stride);
 }
 
-// Rows `row` of the buffer (`stride` apart, t0 = 0 at `to`) for all columns of blocks [begin, end): tokens
-// [0, tokens), then zeros up to a whole step.
+// Rows of the buffer (`stride` apart) for all columns of the blocks [begin, end): the tokens, then zeros up to a whole
+// step.
 template <typename T, typename S>
-void gather(const Matrix<T>& x, const Columns& columns, int64_t begin, int64_t end, int64_t tokens, S* to,
-            int64_t stride) {
-  const auto gather_by_block = columns.block_size() == kWide ? gather_wide<T, S> : gather_narrow<T, S>;
-  gather_by_block(x, columns, begin, end, tokens, to, stride);
+void gather(const Matrix<T>& x, const Columns& columns, int64_t begin, int64_t end, S* to, int64_t stride) {
+  has_avx512() ? gather_wide(x, columns, begin, end, to, stride) : gather_narrow(x, columns, begin, end, to, stride);
 }
 
 }  // namespace sparseft

@@ -6,7 +6,12 @@
 
 namespace sparseft {
 
-constexpr int64_t kLanes = 16;    // partial sums of a dot product
+constexpr int64_t kLanes = 16;  // partial sums of a dot product
+// Tokens of a whole row of the scratch, 8 cache lines: more would hold fewer rows in the second-level cache, fewer would
+// be too short for the work around each dot product.
+template <typename S>
+constexpr int64_t kTokens = 512 / sizeof(S);
+
 constexpr int64_t kTogether = 4;  // dot products at once: independent sums hide the latency of the additions
 
 // Rows of a buffer by their number in the worklist's order, minus `begin`; a block of tokens starts at `offset`.
@@ -17,7 +22,7 @@ struct Rows {
   int64_t offset;
 };
 
-// What a run needs; T tokens, a multiple of kStep<S>.
+// What a run needs; at most kTokens<S> tokens, a multiple of kStep<S>.
 template <typename S, typename W>
 struct Dots {
   Rows<S> rows, cols;
@@ -51,21 +56,42 @@ template <typename W, typename Sum, size_t parts>
 SPARSEFT_INLINE typename VectorOf<W, 4>::type quarter(const Sum (&sum)[parts]) {
   if constexpr (parts == 4) {
     return (sum[0] + sum[2]) + (sum[1] + sum[3]);
-  } else if constexpr (parts == 2) {
-    const Sum half = sum[0] + sum[1];
-    return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
   } else {
-    const auto half = __builtin_shufflevector(sum[0], sum[0], 0, 1, 2, 3, 4, 5, 6, 7) +
-                      __builtin_shufflevector(sum[0], sum[0], 8, 9, 10, 11, 12, 13, 14, 15);
+    const Sum half = sum[0] + sum[1];
     return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
   }
 }
 
-// Four dot products; `one_row`: all of them with row[0].
-template <typename Op, bool one_row, typename S, typename W>
+// The totals of four times 16 partial sums: i + 8 and i, then i + 4 and i, then i + 2 and i, then the last two. The four
+// share their vectors as soon as these are not full.
+template <typename W, typename Sum, size_t parts>
+SPARSEFT_INLINE typename VectorOf<W, 4>::type totals(const Sum (&sums)[kTogether][parts]) {
+  if constexpr (parts == 1) {
+    const auto halves = [](const Sum& a, const Sum& b) {
+      return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+             __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    };
+    const Sum ab = halves(sums[0][0], sums[1][0]), cd = halves(sums[2][0], sums[3][0]);
+    const Sum quarters = __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+                         __builtin_shufflevector(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    const Sum eighths = quarters + __builtin_shufflevector(quarters, quarters, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9,
+                                                           14, 15, 12, 13);  // their lower halves count
+    return __builtin_shufflevector(eighths, eighths, 0, 4, 8, 12) +
+           __builtin_shufflevector(eighths, eighths, 1, 5, 9, 13);
+  } else {
+    const auto a = quarter<W>(sums[0]), b = quarter<W>(sums[1]), c = quarter<W>(sums[2]), d = quarter<W>(sums[3]);
+    const auto ab = __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+    const auto cd = __builtin_shufflevector(c, d, 0, 1, 4, 5) + __builtin_shufflevector(c, d, 2, 3, 6, 7);
+    return __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
+  }
+}
+
+// Four dot products; `one_row`: all of them with row[0]. `full`: over kTokens<S> tokens, whatever `tokens` is.
+template <typename Op, bool one_row, bool full, typename S, typename W>
 SPARSEFT_INLINE void dot(const S* const* row, const S* const* col, int64_t tokens, W* out) {
   typename Op::Sum sums[kTogether][Op::parts] = {};
-  for (int64_t t = 0; t < tokens; t += Op::parts * Op::width) {
+#pragma GCC unroll 8
+  for (int64_t t = 0; t < (full ? kTokens<S> : tokens); t += Op::parts * Op::width) {
 #pragma GCC unroll 4
     for (int64_t p = 0; p < Op::parts; ++p) {
       const int64_t at = t + p * Op::width;
@@ -75,35 +101,49 @@ SPARSEFT_INLINE void dot(const S* const* row, const S* const* col, int64_t token
         Op::add(sums[j][p], one_row || j == 0 ? first : Op::load(row[j] + at), Op::load(col[j] + at));
     }
   }
-  const auto a = quarter<W>(sums[0]), b = quarter<W>(sums[1]), c = quarter<W>(sums[2]), d = quarter<W>(sums[3]);
-  const auto ab = __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
-  const auto cd = __builtin_shufflevector(c, d, 0, 1, 4, 5) + __builtin_shufflevector(c, d, 2, 3, 6, 7);
-  const auto total = __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
-  std::memcpy(out, &total, sizeof(total));
+  const auto four = totals<W>(sums);
+  std::memcpy(out, &four, sizeof(four));
+}
+
+template <typename Op, bool full, typename S, typename W>
+SPARSEFT_INLINE void dots_of_run(const Worklist& work, const Run& run, const Dots<S, W>& d) {
+  const S* const* rows = d.rows.row + (run.tile->row0 - d.rows.begin);
+  const S* const* cols = d.cols.row + (run.tile->col0 - d.cols.begin);
+  // Found before, all at once: beside the dot products, no registers are left for it.
+  const S *row[kRun + kTogether], *col[kRun + kTogether];
+  const int64_t count = run.last - run.first;
+  const uint16_t* local = work.local + run.first;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t r = work.width.quotient(local[i]);
+    row[i] = rows[r] + d.rows.offset;
+    col[i] = cols[local[i] - r * work.width.size] + d.cols.offset;
+  }
+  for (int64_t i = count; i % kTogether; ++i) {  // past the end: the last entry again
+    row[i] = row[count - 1];
+    col[i] = col[count - 1];
+  }
+  W* out = d.out + run.first;
+  for (int64_t i = 0; i < count; i += kTogether) {
+    W sums[kTogether];
+    if (row[i] == row[i + kTogether - 1])  // entries are row-major: those between are in this row, too
+      dot<Op, true, full>(row + i, col + i, d.tokens, sums);
+    else
+      dot<Op, false, full>(row + i, col + i, d.tokens, sums);
+    if (i + kTogether <= count) {
+      if (d.add)
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < kTogether; ++j) sums[j] += out[i + j];
+      std::memcpy(out + i, sums, sizeof(sums));
+    } else {
+      for (int64_t j = 0; i + j < count; ++j) out[i + j] = d.add ? out[i + j] + sums[j] : sums[j];
+    }
+  }
 }
 
 // out[e] (+)= the dot product of entry e, for the entries of a run.
 template <typename Op, typename S, typename W>
 SPARSEFT_INLINE void dots_of_run(const Worklist& work, const Run& run, const Dots<S, W>& d) {
-  const S* const* rows = d.rows.row + (run.tile->row0 - d.rows.begin);
-  const S* const* cols = d.cols.row + (run.tile->col0 - d.cols.begin);
-  for (int64_t e = run.first; e < run.last; e += kTogether) {
-    const S *row[kTogether], *col[kTogether];
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < kTogether; ++j) {  // past the end: the last entry again
-      const uint32_t position = work.local[std::min(e + j, run.last - 1)];
-      const uint32_t r = work.width.quotient(position);
-      row[j] = rows[r] + d.rows.offset;
-      col[j] = cols[position - r * work.width.size] + d.cols.offset;
-    }
-    W dots[kTogether];
-    if (row[0] == row[kTogether - 1])  // entries are row-major: those between are in this row, too
-      dot<Op, true>(row, col, d.tokens, dots);
-    else
-      dot<Op, false>(row, col, d.tokens, dots);
-    const int64_t count = std::min(kTogether, run.last - e);
-    for (int64_t j = 0; j < count; ++j) d.out[e + j] = d.add ? d.out[e + j] + dots[j] : dots[j];
-  }
+  d.tokens == kTokens<S> ? dots_of_run<Op, true>(work, run, d) : dots_of_run<Op, false>(work, run, d);
 }
 
 }  // namespace sparseft

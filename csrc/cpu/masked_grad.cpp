@@ -3,10 +3,14 @@
 // A dot product over T walks a column of grad_out and a column of input. The needed columns are first gathered into
 // rows of a scratch buffer, padded with zeros to whole vectors: bf16 stays bf16 where the processor multiplies it,
 // everything else is widened to fp32 (fp64). A column that lies in memory in this form already is read where it is.
-// Tokens are taken kTokens at a time: the scratch stays in the cache, and its size does not grow with T. An
-// entry's sum always has the same order (lanes, then their tree, then the blocks of tokens), whatever the number of
-// threads.
+// Tokens are taken kTokens at a time: the scratch stays in the cache, and its size does not grow with T.
+//
+// Threads share the tokens, not the entries: what a core has gathered, it reads from its own cache. An entry's sum
+// always has the same order (lanes, then their tree, then the blocks of a share, then the shares), whatever the number
+// of threads.
 #include <torch/csrc/stable/library.h>
+
+#include <deque>
 
 #include "dots.h"
 #include "phases.h"
@@ -14,12 +18,9 @@
 namespace sparseft {
 namespace {
 
-// A row of the scratch: 8 cache lines. More would hold fewer rows in the second-level cache, fewer would be too short
-// for the work around each dot product.
-template <typename S>
-constexpr int64_t kTokens = 512 / sizeof(S);
 template <typename S>
 constexpr int64_t kStride = kTokens<S> + kStep<S>;  // a power of two would crowd few sets of the cache
+constexpr int64_t kScratch = 1 << 26;  // bytes of all scratch together, where one does not take more
 
 template <typename S>
 SPARSEFT_AVX512 void wide_dots_of_run(const Worklist& work, const Run& run, const Dots<S, S>& dots) {
@@ -50,84 +51,194 @@ std::pair<int64_t, int64_t> used(const Worklist& work, int64_t Tile::* start, in
   return {std::min(begin, end), end};
 }
 
-// The columns of one operand that the worklist uses, as rows of S; a block of tokens at a time.
+// The columns of one operand that the worklist uses, and how they become rows of S.
 template <typename T, typename S>
 class Operand {
  public:
   Operand(const Tensor& tensor, const Order& order, std::pair<int64_t, int64_t> range)
-      : x_(matrix_of<T>(tensor)),
+      : tensor_(tensor),
+        order_(order),
+        x_(matrix_of<T>(tensor)),
         begin_(range.first),
+        size_(range.second - range.first),
         in_place_(std::is_same_v<T, S> && x_.token_stride == 1 && x_.tokens % kStep<S> == 0),
-        columns_(order, begin_, in_place_ ? begin_ : range.second, x_.width),
-        rows_(range.second - range.first) {
-    if constexpr (std::is_same_v<T, S>) {
-      if (in_place_) {
-        for (size_t i = 0; i < rows_.size(); ++i) {
-          // Indices that no entry uses were not checked.
-          const int64_t column = std::clamp<int64_t>(order[begin_ + i], 0, x_.width - 1);
-          rows_[i] = x_.data + column * x_.column_stride;
-        }
-        return;
-      }
-    }
-    scratch_ = torch::stable::new_empty(tensor, {static_cast<int64_t>(rows_.size()), kStride<S>},
-                                        sizeof(S) == 2 ? tensor.scalar_type() : wide_type(tensor.scalar_type()));
-    to_ = scratch_.mutable_data_ptr<S>();
-    for (size_t i = 0; i < rows_.size(); ++i) rows_[i] = to_ + i * kStride<S>;
-  }
+        columns_(order, begin_, in_place_ ? begin_ : range.second, x_) {}
 
   // Blocks of columns that a block of tokens has to be gathered from.
   int64_t blocks() const { return in_place_ ? 0 : columns_.blocks(); }
+  int64_t size() const { return in_place_ ? 0 : size_; }  // rows that have to be gathered
+  int64_t scratch_bytes() const { return size() * kStride<S> * sizeof(S); }
 
-  void gather_tokens(int64_t begin, int64_t end, int64_t token0, int64_t count) const {
-    Matrix<T> from = x_;
-    from.data += token0 * x_.token_stride;
-    gather(from, columns_, begin, end, count, to_, kStride<S>);
-  }
+  // One block of tokens at a time, as rows.
+  class Block {
+   public:
+    explicit Block(const Operand& from) : from_(from), rows_(from.size_) {
+      if constexpr (std::is_same_v<T, S>) {
+        if (from_.in_place_) {
+          for (int64_t i = 0; i < from_.size_; ++i) {
+            // Indices that no entry uses were not checked.
+            const int64_t column = std::clamp<int64_t>(from_.order_[from_.begin_ + i], 0, from_.x_.width - 1);
+            rows_[i] = from_.x_.data + column * from_.x_.column_stride;
+          }
+          return;
+        }
+      }
+      const ScalarType dtype = from_.tensor_.scalar_type();
+      scratch_ = torch::stable::new_empty(from_.tensor_, {from_.size_, kStride<S>},
+                                          sizeof(S) == 2 ? dtype : wide_type(dtype));
+      to_ = scratch_.mutable_data_ptr<S>();
+      for (int64_t i = 0; i < from_.size_; ++i) rows_[i] = to_ + i * kStride<S>;
+    }
 
-  Rows<S> rows(int64_t token0) const { return {rows_.data(), begin_, in_place_ ? token0 : 0}; }
+    // For the blocks of columns [begin, end).
+    void gather_tokens(int64_t begin, int64_t end, int64_t token0, int64_t count) const {
+      Matrix<T> x = from_.x_;
+      x.data += token0 * x.token_stride;
+      x.tokens = count;
+      gather(x, from_.columns_, begin, end, to_, kStride<S>);
+    }
+
+    Rows<S> rows(int64_t token0) const { return {rows_.data(), from_.begin_, from_.in_place_ ? token0 : 0}; }
+
+   private:
+    const Operand& from_;
+    Tensor scratch_;
+    S* to_ = nullptr;
+    std::vector<const S*> rows_;
+  };
 
  private:
+  const Tensor& tensor_;
+  Order order_;
   Matrix<T> x_;
-  int64_t begin_;
+  int64_t begin_, size_;
   bool in_place_;
   Columns columns_;
-  Tensor scratch_;
-  S* to_ = nullptr;
-  std::vector<const S*> rows_;
+};
+
+// A call's tokens, in blocks; consecutive blocks form shares, each with sums of its own.
+template <typename S, typename W>
+class Shares {
+ public:
+  // accumulate: the first share's sums are added to `out`; it holds all sums after `add_up` of all entries.
+  Shares(const Tensor& out, int64_t tokens, bool accumulate)
+      : tokens_(tokens),
+        accumulate_(accumulate),
+        entries_(out.numel()),
+        out_(out.mutable_data_ptr<W>()),
+        others_(torch::stable::new_empty(out, {(count() - 1) * entries_})) {}
+
+  int64_t blocks() const { return std::max<int64_t>(1, (tokens_ + kTokens<S> - 1) / kTokens<S>); }  // one may be empty
+  int64_t count() const { return std::min(kShares, blocks()); }
+  int64_t first_block(int64_t share) const { return share * blocks() / count(); }
+  int64_t token0(int64_t block) const { return block * kTokens<S>; }
+  int64_t tokens(int64_t block) const { return std::min(kTokens<S>, tokens_ - token0(block)); }
+  int64_t share_of(int64_t block) const { return ((block + 1) * count() - 1) / blocks(); }
+  bool adds(int64_t block) const {
+    const int64_t share = share_of(block);
+    return block > first_block(share) || (accumulate_ && share == 0);
+  }
+  W* sums(int64_t share) const {
+    return share == 0 ? out_ : others_.mutable_data_ptr<W>() + (share - 1) * entries_;
+  }
+  void add_up(int64_t begin, int64_t end) const {
+    for (int64_t share = 1; share < count(); ++share) {
+      const W* from = sums(share);
+      for (int64_t e = begin; e < end; ++e) out_[e] += from[e];
+    }
+  }
+
+ private:
+  static constexpr int64_t kShares = 4;
+  int64_t tokens_;
+  bool accumulate_;
+  int64_t entries_;
+  W* out_;
+  Tensor others_;
+};
+
+// Threads that work on consecutive shares with one scratch.
+template <typename T, typename S>
+class Team {
+ public:
+  using W = Wide<T>;
+
+  // The blocks of tokens [begin, end).
+  Team(const Worklist& work, const std::vector<Run>& runs, const Operand<T, S>& left, const Operand<T, S>& right,
+       const Shares<S, W>& shares, int64_t begin, int64_t end)
+      : work_(work),
+        runs_(runs),
+        shares_(shares),
+        begin_(begin),
+        middle_(left.blocks()),
+        left_(left),
+        right_(right),
+        phases_(sizes(end - begin, right.blocks())) {}
+
+  void join() {
+    phases_.join([&](int64_t phase, int64_t begin, int64_t end) {
+      const int64_t block = begin_ + phase / 2;
+      phase % 2 ? multiply(block, begin, end) : gather_tokens(block, begin, end);
+    });
+  }
+
+ private:
+  // Gather, then multiply, for each block.
+  std::vector<Phases::Size> sizes(int64_t blocks, int64_t right) const {
+    // Some microseconds each; a token's columns are neighbours in memory, the next token's are not.
+    const int64_t blocks_at_once = 64, runs_at_once = 4;
+    std::vector<Phases::Size> sizes;
+    for (int64_t i = 0; i < blocks; ++i) {
+      sizes.push_back({middle_ + right, blocks_at_once});
+      sizes.push_back({static_cast<int64_t>(runs_.size()), runs_at_once});
+    }
+    return sizes;
+  }
+
+  void gather_tokens(int64_t block, int64_t begin, int64_t end) const {
+    const int64_t token0 = shares_.token0(block), count = shares_.tokens(block);
+    if (begin < middle_) left_.gather_tokens(begin, std::min(end, middle_), token0, count);
+    if (end > middle_) right_.gather_tokens(std::max(begin, middle_) - middle_, end - middle_, token0, count);
+  }
+
+  void multiply(int64_t block, int64_t begin, int64_t end) const {
+    const int64_t token0 = shares_.token0(block), count = shares_.tokens(block);
+    const int64_t padded = (count + kStep<S> - 1) / kStep<S> * kStep<S>;
+    const Dots<S, W> dots{left_.rows(token0), right_.rows(token0), padded, shares_.adds(block),
+                          shares_.sums(shares_.share_of(block))};
+    for (; begin < end; ++begin) dots_of(work_, runs_[begin], dots);
+  }
+
+  const Worklist& work_;
+  const std::vector<Run>& runs_;
+  const Shares<S, W>& shares_;
+  int64_t begin_, middle_;
+  typename Operand<T, S>::Block left_, right_;
+  Phases phases_;
 };
 
 template <typename T, typename S>
-void compute(const Worklist& work, Operand<T, S> left, Operand<T, S> right, int64_t tokens, bool accumulate,
-             Wide<T>* out) {
-  // Some microseconds each; columns are read a row of them at a time, and pages are far apart.
-  const int64_t blocks_at_once = 128 / block_size(), runs_at_once = 4;
-  constexpr int64_t block = kTokens<S>;
+void compute(const Worklist& work, const Operand<T, S>& left, const Operand<T, S>& right, int64_t tokens,
+             bool accumulate, const Tensor& out) {
+  const Shares<S, Wide<T>> shares(out, tokens, accumulate);
   const std::vector<Run> runs = runs_of(work);
-  const int64_t middle = left.blocks();
-  // For each block of tokens: gather, then multiply. An empty batch still takes one (empty) block: it sets the entries
-  // to zero.
-  const int64_t blocks = std::max<int64_t>(1, (tokens + block - 1) / block);
-  std::vector<Phases::Size> sizes;
-  for (int64_t i = 0; i < blocks; ++i) {
-    sizes.push_back({middle + right.blocks(), blocks_at_once});
-    sizes.push_back({static_cast<int64_t>(runs.size()), runs_at_once});
-  }
-  std::vector<Dots<S, Wide<T>>> dots;
-  for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t count = std::min(block, tokens - i * block);
-    const int64_t padded = (count + kStep<S> - 1) / kStep<S> * kStep<S>;
-    dots.push_back({left.rows(i * block), right.rows(i * block), padded, accumulate || i > 0, out});
-  }
-  const bool threaded = (work.entries + block_size() * sizes[0].items) * tokens > 1 << 18;
-  Phases(sizes).run(threaded, [&](int64_t phase, int64_t begin, int64_t end) {
-    const int64_t token0 = phase / 2 * block, count = std::min(block, tokens - token0);
-    if (phase % 2) {
-      for (; begin < end; ++begin) dots_of(work, runs[begin], dots[phase / 2]);
-      return;
-    }
-    if (begin < middle) left.gather_tokens(begin, std::min(end, middle), token0, count);
-    if (end > middle) right.gather_tokens(std::max(begin, middle) - middle, end - middle, token0, count);
+  const bool threaded = (work.entries + left.size() + right.size()) * tokens > 1 << 18;
+  const int64_t threads = threaded ? torch::stable::get_num_threads() : 1;
+  const int64_t room = kScratch / std::max<int64_t>(1, left.scratch_bytes() + right.scratch_bytes());
+  const int64_t size = std::clamp<int64_t>(room, 1, std::min(threads, shares.count()));
+  std::deque<Team<T, S>> teams;
+  const auto first_block = [&](int64_t team) { return shares.first_block(team * shares.count() / size); };
+  for (int64_t i = 0; i < size; ++i)
+    teams.emplace_back(work, runs, left, right, shares, first_block(i), first_block(i + 1));
+  Phases last({{shares.count() > 1 ? work.entries : 0, 1 << 14}});
+  // Who is done with the own team's work helps the others.
+  const auto take_part = [&](int64_t thread) {
+    for (int64_t i = 0; i < size; ++i) teams[(thread + i) % size].join();
+    last.join([&](int64_t, int64_t begin, int64_t end) { shares.add_up(begin, end); });
+  };
+  if (threads == 1) return take_part(0);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) take_part(begin);
   });
 }
 
@@ -146,7 +257,7 @@ void masked_grad(Tensor out, const Tensor& grad_out, const Tensor& input, std::o
     using S = typename decltype(to)::type;
     compute(work, Operand<T, S>(left, work.rows, used(work, &Tile::row0, tile[0], work.rows)),
             Operand<T, S>(right, work.cols, used(work, &Tile::col0, tile[1], work.cols)), grad_out.size(0), accumulate,
-            out.mutable_data_ptr<Wide<T>>());
+            out);
   };
   visit_float(grad_out.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;

@@ -1,11 +1,9 @@
-// Work in phases on all threads, in one parallel region.
+// Work in phases, shared by the threads that are there.
 //
-// Waking a sleeping thread can take as long as a layer's whole gradient: one region is entered, not one for each step,
-// and who is awake takes the next items. A phase starts when all items of the one before are done; a thread that has
-// not started yet holds none, so nobody waits for it.
+// Waking a sleeping thread can take as long as a layer's whole gradient: one parallel region is entered, not one for
+// each step, and who is awake takes the next items. A phase starts when all items of the one before are done; a thread
+// that has not come yet holds none, so nobody waits for it.
 #pragma once
-
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <atomic>
@@ -26,26 +24,20 @@ class Phases {
     for (size_t p = 0; p < sizes.size(); ++p) phases_[p].size = sizes[p];
   }
 
-  // Calls f(phase, begin, end) for all items, on all threads (or this one). f must not throw.
+  // Takes part in the phases, from any thread and at any time: calls f(phase, begin, end) for items that nobody has
+  // taken, and returns when all items of all phases are done. f must not throw.
   template <typename F>
-  void run(bool threaded, const F& f) {
-    const auto work = [&] {
-      for (size_t p = 0; p < phases_.size(); ++p) {
-        Phase& phase = phases_[p];
-        const auto [items, batch] = phase.size;
-        for (int64_t begin; (begin = phase.next.fetch_add(batch)) < items;) {
-          const int64_t end = std::min(begin + batch, items);
-          f(static_cast<int64_t>(p), begin, end);
-          phase.done.fetch_add(end - begin, std::memory_order_release);
-        }
-        while (phase.done.load(std::memory_order_acquire) < items) std::this_thread::yield();
+  void join(const F& f) {
+    for (size_t p = 0; p < phases_.size(); ++p) {
+      Phase& phase = phases_[p];
+      const auto [items, batch] = phase.size;
+      for (int64_t begin; (begin = phase.next.fetch_add(batch)) < items;) {
+        const int64_t end = std::min(begin + batch, items);
+        f(static_cast<int64_t>(p), begin, end);
+        phase.done.fetch_add(end - begin, std::memory_order_release);
       }
-    };
-    const int64_t threads = threaded ? torch::stable::get_num_threads() : 1;
-    if (threads == 1) return work();
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      for (; begin < end; ++begin) work();
-    });
+      while (phase.done.load(std::memory_order_acquire) < items) std::this_thread::yield();
+    }
   }
 
  private:
