@@ -77,13 +77,18 @@ SPARSEFT_CLONES void each_at_least_of_any(const Key& key, int64_t size, typename
 }
 
 #ifdef SPARSEFT_X86
+// The processor looks ahead to the end of a page of memory only, and a wrong guess of what will be found undoes that.
+SPARSEFT_INLINE void ask_for_next_page(const void* from) {
+  __builtin_prefetch(static_cast<const char*>(from) + 4096);
+}
+
 // Bit j of `which`: the magnitude of element j of the 64 at `from` is at least `low`.
 struct Avx512 {
   static SPARSEFT_AVX512 inline uint64_t which(const float* from, uint32_t low) {
     const __m512i magnitudes = _mm512_set1_epi32(0x7fffffff), bound = _mm512_set1_epi32(static_cast<int>(low));
     uint64_t found = 0;
     for (int part = 0; part < 4; ++part) {
-      const __m512i bits = _mm512_and_si512(_mm512_loadu_si512(from + 16 * part), magnitudes);
+      const __m512i bits = _mm512_and_si512(load(from + 16 * part), magnitudes);
       found |= static_cast<uint64_t>(_mm512_cmpge_epu32_mask(bits, bound)) << 16 * part;
     }
     return found;
@@ -93,10 +98,16 @@ struct Avx512 {
     const __m512i magnitudes = _mm512_set1_epi16(0x7fff), bound = _mm512_set1_epi16(static_cast<short>(low));
     uint64_t found = 0;
     for (int part = 0; part < 2; ++part) {
-      const __m512i bits = _mm512_and_si512(_mm512_loadu_si512(from + 32 * part), magnitudes);
+      const __m512i bits = _mm512_and_si512(load(from + 32 * part), magnitudes);
       found |= static_cast<uint64_t>(_mm512_cmpge_epu16_mask(bits, bound)) << 32 * part;
     }
     return found;
+  }
+
+ private:
+  static SPARSEFT_AVX512 inline __m512i load(const void* from) {
+    ask_for_next_page(from);
+    return _mm512_loadu_si512(from);
   }
 };
 
@@ -129,10 +140,8 @@ struct Avx2 {  // compares signed numbers only: magnitudes are not negative, and
   }
 
  private:
-  // The processor looks ahead to the end of the page only.
   static SPARSEFT_AVX2 inline __m256i load(const void* from) {
-    constexpr int64_t page = 4096;
-    __builtin_prefetch(static_cast<const char*>(from) + page);
+    ask_for_next_page(from);
     return _mm256_loadu_si256(static_cast<const __m256i*>(from));
   }
 };
