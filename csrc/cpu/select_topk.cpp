@@ -2,9 +2,13 @@
 //
 // The bits of |x| order like |x|. A sample gives a bound that a little more than k keys reach: only these are looked at
 // closely. Their histogram finds the bin of the k-th largest, and if that bin holds many, its own histogram the key
-// itself. A second pass writes the positions above the bin, and puts aside the few inside it, of which the largest are
-// then merged in: ascending, ties to the lower position. The scores are read twice; besides the result, the memory is a
-// histogram per part and what was put aside.
+// itself. A last pass writes the positions above the bin, and puts aside the few inside it, of which the largest are
+// then merged in: ascending, ties to the lower position.
+//
+// The first pass keeps the keys that reach the bound, in the memory of the result and a little beside it: then the
+// scores are read once. Where they are too many (of equal keys, or of a wrong bound) or too wide, every pass reads the
+// scores. Besides the result, the memory is a histogram per part, a ninth of the result or so for keys that were kept,
+// and what was put aside.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -47,6 +51,7 @@ struct Abs {
   using Bits = decltype(magnitude(T()));
   SPARSEFT_INLINE Bits operator[](int64_t i) const { return magnitude(score[i]); }
   Abs operator+(int64_t i) const { return {score + i}; }
+  void prefetch() const { __builtin_prefetch(score); }
   const T* score;
 };
 
@@ -58,6 +63,10 @@ struct Product {
     return magnitude(static_cast<Wide<T>>(score[i]) * static_cast<Wide<T>>(other[i]));
   }
   Product operator+(int64_t i) const { return {score + i, other + i}; }
+  void prefetch() const {
+    __builtin_prefetch(score);
+    __builtin_prefetch(other);
+  }
   const T* score;
   const T* other;
 };
@@ -178,6 +187,78 @@ void each_at_least(const Key& key, int64_t size, typename Key::Bits low, const F
   each_at_least_of_any(key, size, low, f);
 }
 
+// Keys of at most 32 bits with their distances from a part's first position, ascending: in some of the result's memory,
+// and what does not fit there beside it.
+class Kept {
+ public:
+  void open(int64_t* begin, int64_t* end) {
+    begin_ = begin;
+    room_ = end - begin;
+    most_ = room_ / 4 + 4096;
+    open_ = true;
+  }
+  SPARSEFT_INLINE void add(uint32_t bits, int64_t distance) {
+    if (!open_) return;
+    const uint64_t one = static_cast<uint64_t>(bits) << 32 | static_cast<uint64_t>(distance);
+    if (size_ < room_)
+      std::memcpy(begin_ + size_++, &one, sizeof(one));
+    else
+      add_beside(one);
+  }
+  void close() {
+    complete_ |= open_;
+    open_ = false;
+  }
+  void forget() {
+    complete_ = false;
+    beside_ = {};
+  }
+  bool complete() const { return complete_; }
+  const int64_t* begin() const { return begin_; }
+
+  template <typename F>
+  void each(const F& f) const {
+    for (int64_t i = 0; i < size_; ++i) f(bits_of(begin_[i]));
+    for (const int64_t one : beside_) f(bits_of(one));
+  }
+
+  // Leaves the positions of the keys with wins(bits, position).
+  template <typename F>
+  void filter(int64_t first_position, const F& wins) {
+    const auto filtered = [&](int64_t* from, int64_t count) {
+      int64_t* to = from;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t position = first_position + static_cast<uint32_t>(from[i]);
+        if (wins(bits_of(from[i]), position)) *to++ = position;
+      }
+      return to - from;
+    };
+    size_ = filtered(begin_, size_);
+    beside_.resize(filtered(beside_.data(), static_cast<int64_t>(beside_.size())));
+  }
+  // The positions, all together.
+  void move_to(int64_t* to) const {
+    std::memmove(to, begin_, size_ * sizeof(int64_t));
+    std::copy(beside_.begin(), beside_.end(), to + size_);
+  }
+
+ private:
+  static uint32_t bits_of(int64_t one) { return static_cast<uint32_t>(static_cast<uint64_t>(one) >> 32); }
+  void add_beside(uint64_t one) {
+    if (static_cast<int64_t>(beside_.size()) == most_) {  // too many
+      open_ = false;
+      beside_ = {};
+      return;
+    }
+    beside_.reserve(most_);  // once: growing would copy
+    beside_.push_back(static_cast<int64_t>(one));
+  }
+
+  int64_t *begin_ = nullptr, room_ = 0, size_ = 0, most_ = 0;
+  bool open_ = false, complete_ = false;
+  std::vector<int64_t> beside_;
+};
+
 // The concatenation, cut into parts for the threads.
 template <typename Key>
 class Scores {
@@ -193,42 +274,42 @@ class Scores {
   void select(int64_t k, int64_t* out) const {
     const int64_t parts = std::max(std::min<int64_t>(torch::stable::get_num_threads(), size_ >> 16), (size_ >> 31) + 1);
     std::vector<Part> found(parts);
-    const Bin bin = find_bin(k, found);
-    std::vector<int64_t*> next(parts);
+    const Bin bin = find_bin(k, out, found);
     int64_t* start = out;
-    for (int64_t part = 0; part < parts; ++part) {
-      next[part] = start;
-      start += found[part].above + found[part].ties;
+    for (Part& part : found) {
+      part.first = start;
+      start += part.above + part.ties;
     }
-    for_each_piece(parts, [&](int64_t part, const Key& key, int64_t size, int64_t base) {
-      int64_t *to = next[part], ties = found[part].ties;
-      each_at_least(key, size, bin.low, [&](int64_t i, Bits bits) {
-        if (bits > bin.high || ties-- > 0)
-          *to++ = base + i;
-        else if (bin.low < bin.high)
-          found[part].inside.push_back({bits, base + i});
+    // Whether a key belongs to the result. Those inside the bin are put aside.
+    const auto wins = [&](Part& part, Bits bits, int64_t position) {
+      if (bits > bin.high || (bits >= bin.low && part.ties-- > 0)) return true;
+      if (bits >= bin.low && bin.low < bin.high) part.inside.push_back({bits, position});
+      return false;
+    };
+    if (all_kept(found)) {
+      torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          found[i].kept.filter(boundary(i, parts), [&](uint32_t bits, int64_t position) {
+            return wins(found[i], static_cast<Bits>(bits), position);
+          });
       });
-      next[part] = to;
-      found[part].ties = std::max<int64_t>(ties, 0);
-    });
-    if (bin.low == bin.high) return;
-    keep_largest(found, bin.wanted);
-    // From the end on: nothing is written before what is still to be read.
-    int64_t* to = out + k;
-    for (int64_t part = parts - 1; part >= 0; --part) {
-      const auto& inside = found[part].inside;
-      const int64_t *from = next[part], *first = from - found[part].above;
-      const auto move = [&](const int64_t* begin) {
-        to -= from - begin;
-        std::memmove(to, begin, (from - begin) * sizeof(int64_t));
-        from = begin;
-      };
-      for (auto one = inside.rbegin(); one != inside.rend(); ++one) {
-        move(std::upper_bound(first, from, one->position));
-        *--to = one->position;
-      }
-      move(first);
+      // Nothing is written where something waits to be moved: to the right from the last on, then to the left.
+      for (int64_t i = parts - 1; i >= 0; --i)
+        if (found[i].first >= found[i].kept.begin()) found[i].kept.move_to(found[i].first);
+      for (int64_t i = 0; i < parts; ++i)
+        if (found[i].first < found[i].kept.begin()) found[i].kept.move_to(found[i].first);
+    } else {
+      std::vector<int64_t*> next;
+      for (const Part& part : found) next.push_back(part.first);
+      for_each_piece(parts, [&](int64_t i, const Key& key, int64_t size, int64_t base) {
+        int64_t* to = next[i];
+        each_at_least(key, size, bin.low, [&](int64_t j, Bits bits) {
+          if (wins(found[i], bits, base + j)) *to++ = base + j;
+        });
+        next[i] = to;
+      });
     }
+    if (bin.low < bin.high) merge_largest(found, bin.wanted, out + k);
   }
 
  private:
@@ -243,12 +324,20 @@ class Scores {
     int64_t position;
   };
 
+  static constexpr bool kKeeps = sizeof(Bits) <= 4;
+
   // What a part holds above and inside the bin; its positions are before those of the next.
   struct Part {
     int64_t above = 0;
-    int64_t ties = 0;  // where the bin is a single key: how many of its own belong to the result
+    int64_t ties = 0;          // where the bin is a single key: how many of its own belong to the result
+    int64_t* first = nullptr;  // of the result
+    Kept kept;
     std::vector<Candidate> inside;
   };
+
+  static bool all_kept(const std::vector<Part>& found) {
+    return std::all_of(found.begin(), found.end(), [](const Part& part) { return part.kept.complete(); });
+  }
 
   // The keys in [low, high]; `wanted` of them belong to the result, with all that are larger.
   struct Bin {
@@ -257,55 +346,97 @@ class Scores {
     int64_t wanted;
   };
 
-  // A key that probably a few more than k keys reach, from a sample; 0 if there are few keys.
-  Bits bound(int64_t k) const {
-    constexpr int64_t count = 1 << 15;
+  // A key that probably a few more than k keys reach, from a sample; 0 if there are few keys. The parts get memory to
+  // keep as many keys as the sample lets expect.
+  Bits bound(int64_t k, int64_t* out, std::vector<Part>& found) const {
+    constexpr int64_t count = 1 << 16, together = 64;
     if (size_ < 8 * count) return 0;
     const double share = static_cast<double>(k) / size_ * count;
-    const int64_t rank = static_cast<int64_t>(share + 5 * std::sqrt(share)) + 8;
+    const int64_t rank = static_cast<int64_t>(share + 3 * std::sqrt(share)) + 2;
     if (rank >= count) return 0;
-    std::vector<Bits> sample;
-    uint64_t random = 0x9e3779b97f4a7c15;
-    size_t segment = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      random ^= random << 13, random ^= random >> 7, random ^= random << 17;
-      const int64_t stride = size_ / count, position = i * stride + static_cast<int64_t>(random % stride);
-      while (position >= segments_[segment].end) ++segment;
-      sample.push_back(segments_[segment].key[position - segments_[segment].begin]);
+    const int64_t parts = static_cast<int64_t>(found.size()), stride = size_ / count;
+    std::vector<Bits> sample(count);
+    torch::stable::parallel_for(0, count, count / parts + 1, [&](int64_t begin, int64_t end) {
+      auto segment = segments_.begin();
+      for (; begin < end; begin += together) {
+        Key places[together];  // all asked for before the first is read: they are far apart
+        const int64_t here = std::min(together, end - begin);
+        for (int64_t i = 0; i < here; ++i) {
+          const uint64_t random = static_cast<uint64_t>(begin + i + 1) * 0x9e3779b97f4a7c15;
+          const int64_t position = (begin + i) * stride + static_cast<int64_t>((random >> 32) % stride);
+          while (position >= segment->end) ++segment;
+          places[i] = segment->key + (position - segment->begin);
+          places[i].prefetch();
+        }
+        for (int64_t i = 0; i < here; ++i) sample[begin + i] = places[i][0];
+      }
+    });
+    std::vector<Bits> sorted = sample;
+    std::nth_element(sorted.begin(), sorted.begin() + rank, sorted.end(), std::greater<Bits>());
+    const Bits low = sorted[rank];
+    if (!kKeeps) return low;
+    const auto reach = [&](int64_t begin, int64_t end) {
+      return std::count_if(sample.begin() + begin, sample.begin() + end, [&](Bits bits) { return bits >= low; });
+    };
+    const int64_t all = reach(0, count);
+    for (int64_t i = 0, before = 0; i < parts; ++i) {
+      const int64_t until = before + reach(count * i / parts, count * (i + 1) / parts);
+      found[i].kept.open(out + k * before / all, out + k * until / all);
+      before = until;
     }
-    std::nth_element(sample.begin(), sample.begin() + rank, sample.end(), std::greater<Bits>());
-    return sample[rank];
+    return low;
   }
 
   // The bin of the k-th largest key: few keys, or a single one. Counts what each part has above it.
-  Bin find_bin(int64_t k, std::vector<Part>& found) const {
+  Bin find_bin(int64_t k, int64_t* out, std::vector<Part>& found) const {
     constexpr int64_t few = 1 << 15;
+    const int64_t parts = static_cast<int64_t>(found.size());
     const Bits most = std::numeric_limits<Bits>::max() >> 1;
-    Bin bin{bound(k), most, k};
+    Bin bin{bound(k, out, found), most, k};
     while (true) {
       int shift = 0;
       while ((bin.high - bin.low) >> shift >= kBins) ++shift;
       // 32 bits hold a part's counts: a part has at most 2^31 positions.
-      std::vector<std::vector<uint32_t>> counts(found.size(), std::vector<uint32_t>(kBins));
-      for_each_piece(static_cast<int64_t>(found.size()), [&](int64_t part, const Key& key, int64_t size, int64_t) {
-        uint32_t* count = counts[part].data();
-        each_at_least(key, size, bin.low, [&](int64_t, Bits bits) {
+      std::vector<std::vector<uint32_t>> counts(parts, std::vector<uint32_t>(kBins));
+      const auto counter = [&](int64_t part) {
+        return [count = counts[part].data(), bin, shift](Bits bits) {
           if (bits <= bin.high) ++count[(bits - bin.low) >> shift];
+        };
+      };
+      if (all_kept(found)) {
+        torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i)
+            found[i].kept.each([&, count = counter(i)](uint32_t bits) {
+              if (bits >= bin.low) count(static_cast<Bits>(bits));
+            });
         });
-      });
+      } else {
+        for_each_piece(parts, [&](int64_t i, const Key& key, int64_t size, int64_t base) {
+          Kept& kept = found[i].kept;
+          const int64_t before = base - boundary(i, parts);
+          each_at_least(key, size, bin.low, [&, count = counter(i)](int64_t j, Bits bits) {
+            count(bits);
+            if constexpr (kKeeps) kept.add(bits, before + j);
+          });
+        });
+        for (Part& part : found) part.kept.close();
+      }
       int64_t here = 0, number = kBins;
       for (int64_t left = bin.wanted; left > 0;) {
         if (--number < 0) break;
         here = 0;
         for (const auto& count : counts) here += count[number];
         if (here < left)
-          for (size_t part = 0; part < found.size(); ++part) found[part].above += counts[part][number];
+          for (int64_t i = 0; i < parts; ++i) found[i].above += counts[i][number];
         else
           bin.wanted = left;
         left -= here;
       }
       if (number < 0) {  // the sample's bound was too high
-        for (Part& part : found) part.above = 0;
+        for (Part& part : found) {
+          part.above = 0;
+          part.kept.forget();
+        }
         bin = {0, most, k};
         continue;
       }
@@ -314,17 +445,18 @@ class Scores {
       bin.low = static_cast<Bits>(low);
       if (bin.low == bin.high) {
         int64_t left = bin.wanted;
-        for (size_t part = 0; part < found.size(); ++part) {
-          found[part].ties = std::min<int64_t>(left, counts[part][number]);
-          left -= found[part].ties;
+        for (int64_t i = 0; i < parts; ++i) {
+          found[i].ties = std::min<int64_t>(left, counts[i][number]);
+          left -= found[i].ties;
         }
       }
       if (here <= few || bin.low == bin.high) return bin;
     }
   }
 
-  // Leaves the `wanted` largest inside the parts, the lower positions of equal ones.
-  static void keep_largest(std::vector<Part>& found, int64_t wanted) {
+  // Merges the `wanted` largest of those inside the parts (the lower positions of equal ones) into the result, which
+  // ends at `end`.
+  static void merge_largest(std::vector<Part>& found, int64_t wanted, int64_t* end) {
     std::vector<Bits> keys;
     for (const Part& part : found)
       for (const Candidate& one : part.inside) keys.push_back(one.bits);
@@ -340,7 +472,24 @@ class Scores {
         if (!loses(one)) kept.push_back(one);
       part.inside.swap(kept);
     }
+    // From the end on: nothing is written before what is still to be read.
+    for (auto part = found.rbegin(); part != found.rend(); ++part) {
+      const int64_t* from = part->first + part->above;
+      const auto move = [&](const int64_t* begin) {
+        end -= from - begin;
+        std::memmove(end, begin, (from - begin) * sizeof(int64_t));
+        from = begin;
+      };
+      for (auto one = part->inside.rbegin(); one != part->inside.rend(); ++one) {
+        move(std::upper_bound(static_cast<const int64_t*>(part->first), from, one->position));
+        *--end = one->position;
+      }
+      move(part->first);
+    }
   }
+
+  // Where part i of `parts` starts.
+  int64_t boundary(int64_t i, int64_t parts) const { return size_ / parts * i + std::min(size_ % parts, i); }
 
   // f(part, key, size, base) in parallel over the parts, for each segment of a part in order: `size` keys from
   // position `base` on.
@@ -348,9 +497,9 @@ class Scores {
   void for_each_piece(int64_t parts, const F& f) const {
     torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
       for (int64_t part = first; part < last; ++part) {
-        const auto boundary = [&](int64_t i) { return size_ / parts * i + std::min(size_ % parts, i); };
         for (const Segment& s : segments_) {
-          const int64_t begin = std::max(boundary(part), s.begin), end = std::min(boundary(part + 1), s.end);
+          const int64_t begin = std::max(boundary(part, parts), s.begin);
+          const int64_t end = std::min(boundary(part + 1, parts), s.end);
           if (begin < end) f(part, s.key + (begin - s.begin), end - begin, begin);
         }
       }

@@ -105,6 +105,47 @@ def test_product(implementation, kind, dtype):
         check(implementation, [scores[:700], scores[700:]], k, [others[:700], others[700:]])
 
 
+def sampled(n: int) -> numpy.ndarray:
+    """The positions that csrc/cpu/select_topk.cpp looks at first to guess what the k-th largest will be."""
+    count = 1 << 16
+    stride, i = n // count, numpy.arange(count, dtype=numpy.uint64)
+    random = (i + 1) * numpy.uint64(0x9E3779B97F4A7C15) >> numpy.uint64(32)
+    return (i * numpy.uint64(stride) + random % numpy.uint64(stride)).astype(numpy.int64)
+
+
+def many(name: str, n: int) -> numpy.ndarray:
+    """[n] scores, enough of them for a sample."""
+    scores = generator(name, n).standard_normal(n)
+    if name == "uneven":
+        scores[: n // 3] *= 100
+    if name == "sample too large":  # fewer than k scores reach its guess
+        scores[sampled(n)[::40]] += 100
+    if name == "sample too small":  # nearly all reach it
+        scores[:] = numpy.abs(scores) + 1
+        scores[sampled(n)] -= 1
+    if name == "many ties":
+        scores = numpy.round(scores)
+    return scores
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("kind", ["normal", "uneven", "sample too large", "sample too small", "many ties"])
+def test_many(implementation, kind, dtype):
+    """So many that a sample is worth its while, in tensors that no thread's part ends with."""
+    if implementation.name == "triton" and implementation.device == "cpu":
+        pytest.skip("takes minutes in Triton's interpreter")
+    n = (1 << 20) + 77
+    scores = rounded(torch.from_numpy(many(kind, n)), dtype)
+    several = [scores[:5], scores[5 : n // 3], scores[n // 3 :]]
+    check(implementation, several, n // 100, [torch.full_like(s, 0.5) for s in several])
+    for k in (1, n // 1000, n // 100, n // 3):
+        expected = oracle(several, [], k, "abs")
+        for threads in (1, 2, 3):
+            with threads_set(threads):
+                got = implementation([s.to(implementation.device) for s in several], [], k, "abs")
+            assert torch.equal(got.cpu(), expected)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_nothing(implementation, dtype):
     check(implementation, [torch.zeros(0, dtype=dtype)], 0)
