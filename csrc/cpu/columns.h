@@ -1,7 +1,7 @@
 // Columns of a [T, *] matrix as rows of a buffer: a dot product over T then walks memory in order.
 //
-// Neighbouring columns that fill 16 bytes of a token are transposed in registers, as many tokens in each of a register's
-// lanes of 128 bits; where only a few columns of a cache line are wanted, one by one.
+// Neighbouring columns that fill 16 bytes of a token are transposed in registers, as many tokens in each of a
+// register's lanes of 128 bits; where only a few columns of a cache line are wanted, one by one.
 #pragma once
 
 #include <cstring>

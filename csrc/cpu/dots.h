@@ -7,8 +7,8 @@
 namespace sparseft {
 
 constexpr int64_t kLanes = 16;  // partial sums of a dot product
-// Tokens of a whole row of the scratch, 8 cache lines: more would hold fewer rows in the second-level cache, fewer would
-// be too short for the work around each dot product.
+// Tokens of a whole row of the scratch, 8 cache lines: more would hold fewer rows in the second-level cache, fewer
+// would be too short for the work around each dot product.
 template <typename S>
 constexpr int64_t kTokens = 512 / sizeof(S);
 
@@ -62,8 +62,8 @@ SPARSEFT_INLINE typename VectorOf<W, 4>::type quarter(const Sum (&sum)[parts]) {
   }
 }
 
-// The totals of four times 16 partial sums: i + 8 and i, then i + 4 and i, then i + 2 and i, then the last two. The four
-// share their vectors as soon as these are not full.
+// The totals of four times 16 partial sums: i + 8 and i, then i + 4 and i, then i + 2 and i, then the last two. The
+// four share their vectors as soon as these are not full.
 template <typename W, typename Sum, size_t parts>
 SPARSEFT_INLINE typename VectorOf<W, 4>::type totals(const Sum (&sums)[kTogether][parts]) {
   if constexpr (parts == 1) {
@@ -74,8 +74,8 @@ SPARSEFT_INLINE typename VectorOf<W, 4>::type totals(const Sum (&sums)[kTogether
     const Sum ab = halves(sums[0][0], sums[1][0]), cd = halves(sums[2][0], sums[3][0]);
     const Sum quarters = __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
                          __builtin_shufflevector(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-    const Sum eighths = quarters + __builtin_shufflevector(quarters, quarters, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9,
-                                                           14, 15, 12, 13);  // their lower halves count
+    const Sum eighths = quarters + __builtin_shufflevector(quarters, quarters, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14,
+                                                           15, 12, 13);  // their lower halves count
     return __builtin_shufflevector(eighths, eighths, 0, 4, 8, 12) +
            __builtin_shufflevector(eighths, eighths, 1, 5, 9, 13);
   } else {

@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <deque>
+#include <limits>
 
 #include "dots.h"
 #include "phases.h"
@@ -20,6 +21,7 @@ namespace {
 
 template <typename S>
 constexpr int64_t kStride = kTokens<S> + kStep<S>;  // a power of two would crowd few sets of the cache
+constexpr int64_t kNear = 600 << 10;   // bytes of it that the second-level cache holds, and more beside them
 constexpr int64_t kScratch = 1 << 26;  // bytes of all scratch together, where one does not take more
 
 template <typename S>
@@ -84,8 +86,8 @@ class Operand {
         }
       }
       const ScalarType dtype = from_.tensor_.scalar_type();
-      scratch_ = torch::stable::new_empty(from_.tensor_, {from_.size_, kStride<S>},
-                                          sizeof(S) == 2 ? dtype : wide_type(dtype));
+      scratch_ =
+          torch::stable::new_empty(from_.tensor_, {from_.size_, kStride<S>}, sizeof(S) == 2 ? dtype : wide_type(dtype));
       to_ = scratch_.mutable_data_ptr<S>();
       for (int64_t i = 0; i < from_.size_; ++i) rows_[i] = to_ + i * kStride<S>;
     }
@@ -120,13 +122,20 @@ class Operand {
 template <typename S, typename W>
 class Shares {
  public:
-  // accumulate: the first share's sums are added to `out`; it holds all sums after `add_up` of all entries.
-  Shares(const Tensor& out, int64_t tokens, bool accumulate)
+  // accumulate: the first share's sums are added to `out`; it holds all sums after `add_up` of all runs. Entries
+  // outside the runs are left alone.
+  Shares(const Tensor& out, const std::vector<Run>& runs, int64_t tokens, bool accumulate)
       : tokens_(tokens),
         accumulate_(accumulate),
-        entries_(out.numel()),
-        out_(out.mutable_data_ptr<W>()),
-        others_(torch::stable::new_empty(out, {(count() - 1) * entries_})) {}
+        out_(out.mutable_data_ptr<W>()) {
+    int64_t end = 0;
+    for (const Run& run : runs) {
+      first_ = std::min(first_, run.first);
+      end = std::max(end, run.last);
+    }
+    size_ = std::max<int64_t>(0, end - first_);
+    others_ = torch::stable::new_empty(out, {(count() - 1) * size_});
+  }
 
   int64_t blocks() const { return std::max<int64_t>(1, (tokens_ + kTokens<S> - 1) / kTokens<S>); }  // one may be empty
   int64_t count() const { return std::min(kShares, blocks()); }
@@ -138,13 +147,14 @@ class Shares {
     const int64_t share = share_of(block);
     return block > first_block(share) || (accumulate_ && share == 0);
   }
+  // By the number of the entry.
   W* sums(int64_t share) const {
-    return share == 0 ? out_ : others_.mutable_data_ptr<W>() + (share - 1) * entries_;
+    return share == 0 ? out_ : others_.mutable_data_ptr<W>() + (share - 1) * size_ - first_;
   }
-  void add_up(int64_t begin, int64_t end) const {
+  void add_up(const Run& run) const {
     for (int64_t share = 1; share < count(); ++share) {
       const W* from = sums(share);
-      for (int64_t e = begin; e < end; ++e) out_[e] += from[e];
+      for (int64_t e = run.first; e < run.last; ++e) out_[e] += from[e];
     }
   }
 
@@ -152,8 +162,8 @@ class Shares {
   static constexpr int64_t kShares = 4;
   int64_t tokens_;
   bool accumulate_;
-  int64_t entries_;
   W* out_;
+  int64_t first_ = std::numeric_limits<int64_t>::max(), size_ = 0;  // the entries of all runs lie between
   Tensor others_;
 };
 
@@ -220,8 +230,12 @@ class Team {
 template <typename T, typename S>
 void compute(const Worklist& work, const Operand<T, S>& left, const Operand<T, S>& right, int64_t tokens,
              bool accumulate, const Tensor& out) {
-  const Shares<S, Wide<T>> shares(out, tokens, accumulate);
-  const std::vector<Run> runs = runs_of(work);
+  std::vector<Run> runs = runs_of(work);
+  // A band of tiles reads a few rows and all columns: so many columns at a time that they stay in the second-level
+  // cache.
+  const auto part = [](const Run& run) { return run.tile->col0 * kStride<S> * sizeof(S) / kNear; };
+  std::stable_sort(runs.begin(), runs.end(), [&](const Run& a, const Run& b) { return part(a) < part(b); });
+  const Shares<S, Wide<T>> shares(out, runs, tokens, accumulate);
   const bool threaded = (work.entries + left.size() + right.size()) * tokens > 1 << 18;
   const int64_t threads = threaded ? torch::stable::get_num_threads() : 1;
   const int64_t room = kScratch / std::max<int64_t>(1, left.scratch_bytes() + right.scratch_bytes());
@@ -230,11 +244,14 @@ void compute(const Worklist& work, const Operand<T, S>& left, const Operand<T, S
   const auto first_block = [&](int64_t team) { return shares.first_block(team * shares.count() / size); };
   for (int64_t i = 0; i < size; ++i)
     teams.emplace_back(work, runs, left, right, shares, first_block(i), first_block(i + 1));
-  Phases last({{shares.count() > 1 ? work.entries : 0, 1 << 14}});
+  const int64_t many = 256;  // runs that are added up at once
+  Phases last({{shares.count() > 1 ? static_cast<int64_t>(runs.size()) : 0, many}});
   // Who is done with the own team's work helps the others.
   const auto take_part = [&](int64_t thread) {
     for (int64_t i = 0; i < size; ++i) teams[(thread + i) % size].join();
-    last.join([&](int64_t, int64_t begin, int64_t end) { shares.add_up(begin, end); });
+    last.join([&](int64_t, int64_t begin, int64_t end) {
+      for (; begin < end; ++begin) shares.add_up(runs[begin]);
+    });
   };
   if (threads == 1) return take_part(0);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {

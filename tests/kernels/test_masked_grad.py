@@ -140,12 +140,13 @@ def test_columns_that_lie_in_memory_as_rows(implementation, memory, tokens, dtyp
     check(implementation, memory, e, *operands(e, tokens, dtype), put=lambda t: memory.put(t.T.contiguous()).T)
 
 
-def test_one_layer_of_several(implementation, memory):
+@pytest.mark.parametrize("tokens", [17, 1100])
+def test_one_layer_of_several(implementation, memory, tokens):
     """The worklist may pick one layer out of a packed layout; `out` is then the buffer of all layers."""
     e = entries(SEVERAL_LAYERS[0])
     for layer in range(len(e.shapes)):
         tiles = e.tiles[e.tiles[:, 0] == layer]
-        grad_out, input = operands(e, 17, torch.float32, layer)
+        grad_out, input = operands(e, tokens, torch.float32, layer)
         exact, magnitude = dense(e, grad_out, input, layer)
         start = torch.full((len(e),), float("nan"))
         out = memory.put(start)
@@ -153,7 +154,7 @@ def test_one_layer_of_several(implementation, memory):
         layout = rows, cols, tiles.to(implementation.device), local, tile
         implementation(out, memory.put(grad_out), memory.put(input), *layout, False)
         mine = e.layer == layer
-        bound = gamma(roundings(implementation, 17, torch.float32), UNIT[torch.float32]) * magnitude
+        bound = gamma(roundings(implementation, tokens, torch.float32), UNIT[torch.float32]) * magnitude
         assert_within(out.cpu()[mine], exact, bound)
         assert_same_bits(out.cpu()[~mine], start[~mine], "gradient of another layer")
     memory.check()
@@ -170,12 +171,12 @@ def test_non_finite_reaches_only_its_own_entries(implementation, memory, dtype, 
 
 
 def test_same_bits_on_every_run(implementation):
-    """Two runs, and one or two threads, give the same bits."""
+    """Two runs, and any number of threads, give the same bits."""
     e = entries(Case("large", ((190, 210),), (64, 64), 0.2))
-    for dtype in (torch.float32, torch.bfloat16):
-        grad_out, input = (t.to(implementation.device) for t in operands(e, 257, dtype))
+    for dtype, tokens in ((torch.float32, 257), (torch.float32, 1100), (torch.bfloat16, 257), (torch.bfloat16, 2100)):
+        grad_out, input = (t.to(implementation.device) for t in operands(e, tokens, dtype))
         runs = []
-        for threads in (1, 2, 2):
+        for threads in (1, 2, 2, 3, 5):
             with threads_set(threads):
                 out = torch.ones(len(e), device=implementation.device)
                 implementation(out, grad_out, input, *e.on(implementation.device), True)
