@@ -41,7 +41,7 @@ def main() -> None:
         sys.exit(f"{RESULTS} is not there: run python -m bench.finetune first")
     with RESULTS.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    rows = [row for row in rows if row["cpu"] == rows[-1]["cpu"]]  # shares differ between machines
+    rows = [row for row in rows if row["cpu"] == rows[-1]["cpu"]]  # the last row's machine: shares differ between them
     measured = {row["provider"] for row in rows}
     labels = [SHOWN[name] for name in SHOWN if name in measured]
     place = {name: len(labels) - i for i, name in enumerate(name for name in SHOWN if name in measured)}

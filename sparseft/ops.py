@@ -142,21 +142,23 @@ def masked_grad(grad_out: Tensor, input: Tensor, pattern: Pattern, out: Tensor |
         [k], fp32 (fp64 for fp64 operands), in the pattern's order. Differentiable twice; the double backward
         holds one dense [N, K] matrix.
     """
-    _expect(grad_out.shape[-1:] == pattern.shape[:1], "grad_out", f"[..., {pattern.shape[0]}]", tuple(grad_out.shape))
-    _expect(input.shape[-1:] == pattern.shape[1:], "input", f"[..., {pattern.shape[1]}]", tuple(input.shape))
-    _expect(input.shape[:-1] == grad_out.shape[:-1], "input", f"leading dimensions {tuple(grad_out.shape[:-1])}",
-            tuple(input.shape))  # fmt: skip
+    if grad_out.shape[-1:] != pattern.shape[:1]:
+        raise _unfit("grad_out", f"[..., {pattern.shape[0]}]", tuple(grad_out.shape))
+    if input.shape[-1:] != pattern.shape[1:]:
+        raise _unfit("input", f"[..., {pattern.shape[1]}]", tuple(input.shape))
+    if input.shape[:-1] != grad_out.shape[:-1]:
+        raise _unfit("input", f"leading dimensions {tuple(grad_out.shape[:-1])}", tuple(input.shape))
     _expect_dtype("input", input, (grad_out.dtype,))
     _expect_dtype("grad_out", grad_out, (torch.float32, torch.bfloat16, torch.float16, torch.float64))
     _expect_device("input", input, grad_out)
     _expect_layout(pattern.layout, grad_out)
     flat = (grad_out.reshape(-1, pattern.shape[0]), input.reshape(-1, pattern.shape[1]))
-    if out is None and torch.is_grad_enabled() and (grad_out.requires_grad or input.requires_grad):
-        return torch.ops.sparseft.masked_grad(*flat, *pattern.layout)
-    if out is None:  # not by the same way: autograd's own part takes as long as a small layer's gradient
-        out = grad_out.new_zeros(len(pattern), dtype=_accumulator(grad_out.dtype))
-        torch.ops.sparseft.masked_grad_(out, *flat, *pattern.layout, False)
-        return out
+    if out is None:
+        differentiable = torch.is_grad_enabled() and (grad_out.requires_grad or input.requires_grad)
+        if differentiable or torch.compiler.is_compiling():
+            return torch.ops.sparseft.masked_grad(*flat, *pattern.layout)
+        with torch._C._AutoDispatchBelowAutograd():  # its part can take as long as a small layer's gradient
+            return torch.ops.sparseft.masked_grad(*flat, *pattern.layout)
     _expect_vector("out", out, len(pattern), (_accumulator(grad_out.dtype),), grad_out)
     _refuse_autograd("masked_grad(out=)", out, *flat)
     torch.ops.sparseft.masked_grad_(out, *flat, *pattern.layout, True)
@@ -287,11 +289,12 @@ def select_topk(
         raise ValueError(f"k must lie in [0, {n}], got {k}")
     expected = [tuple(s.shape) for s in several] if score == "product" else []
     shapes = [tuple(o.shape) for o in second]
-    _expect(shapes == expected, "others", f"shapes {expected}", shapes)
+    if shapes != expected:
+        raise _unfit("others", f"shapes {expected}", shapes)
     for name, tensors in (("scores", several), ("others", second)):
         for tensor in tensors:
             _expect_dtype(name, tensor, (several[0].dtype,))
-            _expect(tensor.is_contiguous(), name, "contiguous", f"strides {tensor.stride()}")
+            _expect_contiguous(name, tensor)
             _expect_device(name, tensor, several[0])
     return torch.ops.sparseft.select_topk(several, second, k, score)
 
@@ -299,9 +302,13 @@ def select_topk(
 # ---- checks ---------------------------------------------------------------------------------------------------
 
 
-def _expect(ok: bool, name: str, expected: str, got: object) -> None:
-    if not ok:
-        raise ValueError(f"{name} must be {expected}, got {got}")
+def _unfit(name: str, expected: str, got: object) -> ValueError:
+    return ValueError(f"{name} must be {expected}, got {got}")
+
+
+def _expect_contiguous(name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise _unfit(name, "contiguous", f"strides {tensor.stride()}")
 
 
 def _expect_dtype(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> None:
@@ -310,20 +317,22 @@ def _expect_dtype(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> N
 
 
 def _expect_device(name: str, tensor: Tensor, like: Tensor) -> None:
-    _expect(tensor.device == like.device, name, f"on {like.device}", tensor.device)
+    if tensor.device != like.device:
+        raise _unfit(name, f"on {like.device}", tensor.device)
 
 
 def _expect_vector(name: str, tensor: Tensor, length: int | None, dtypes: Sequence[torch.dtype], like: Tensor) -> None:
     """Contiguous [length] (None: any length) on the device of `like`."""
-    shape = (tensor.numel() if length is None else length,)
-    _expect(tensor.shape == shape, name, "1-D" if length is None else f"[{length}]", tuple(tensor.shape))
+    if tensor.dim() != 1 or (length is not None and len(tensor) != length):
+        raise _unfit(name, "1-D" if length is None else f"[{length}]", tuple(tensor.shape))
     _expect_dtype(name, tensor, dtypes)
-    _expect(tensor.is_contiguous(), name, "contiguous", f"strides {tensor.stride()}")
+    _expect_contiguous(name, tensor)
     _expect_device(name, tensor, like)
 
 
 def _expect_number(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], like: Tensor | None) -> None:
-    _expect(tensor.numel() == 1, name, "one number", f"shape {tuple(tensor.shape)}")
+    if tensor.numel() != 1:
+        raise _unfit(name, "one number", f"shape {tuple(tensor.shape)}")
     _expect_dtype(name, tensor, dtypes)
     if like is not None:
         _expect_device(name, tensor, like)
@@ -338,9 +347,10 @@ def _expect_layout(layout: Layout, like: Tensor) -> None:
     ):
         _expect_vector(name, tensor, None, (dtype,), like)
     tiles = layout.tiles
-    _expect(tiles.dim() == 2 and tiles.shape[1] == 5, "tiles", "[n, 5]", tuple(tiles.shape))
+    if tiles.dim() != 2 or tiles.shape[1] != 5:
+        raise _unfit("tiles", "[n, 5]", tuple(tiles.shape))
     _expect_dtype("tiles", tiles, (torch.int64,))
-    _expect(tiles.is_contiguous(), "tiles", "contiguous", f"strides {tiles.stride()}")
+    _expect_contiguous("tiles", tiles)
     _expect_device("tiles", tiles, like)
 
 
@@ -352,11 +362,10 @@ def _expect_weights(weights: Sequence[Tensor], where: Pattern | Layout) -> None:
         if weight.dtype == dtype and weight.device == device and weight.is_contiguous():
             continue  # hundreds of layers: only a message is worth more time
         _expect_dtype("weight", weight, (dtype,))
-        _expect(weight.is_contiguous(), "weight", "contiguous", f"strides {weight.stride()}")
+        _expect_contiguous("weight", weight)
         _expect_device("weight", weight, weights[0])
-    if isinstance(where, Pattern):
-        _expect(_matrix(weights[0]).shape == where.shape and len(weights) == 1, "weight", f"one of shape {where.shape}",
-                [tuple(w.shape) for w in weights])  # fmt: skip
+    if isinstance(where, Pattern) and (len(weights) != 1 or _matrix(weights[0]).shape != where.shape):
+        raise _unfit("weight", f"one of shape {where.shape}", [tuple(w.shape) for w in weights])
 
 
 def _matrix(weight: Tensor) -> Tensor:

@@ -22,9 +22,10 @@ void columns_as_rows(const Tensor& input, const Order& order, Tensor& out) {
   const int64_t grain = std::max<int64_t>(1, (1 << 18) / std::max<int64_t>(1, columns.block_size() * x.tokens));
   torch::stable::parallel_for(0, columns.blocks(), grain, [&](int64_t begin, int64_t end) {
     gather(whole, columns, begin, end, to, x.tokens);
-    for (int64_t column = columns.first(begin); column < columns.last(end - 1); ++column)
-      columns.each_row(column,
-                       [&](int64_t row) { copy_column(x, column, whole.tokens, x.tokens, to + row * x.tokens); });
+    for (int64_t block = begin; block < end; ++block)
+      for (int64_t column = columns.first(block); column < columns.last(block); ++column)
+        columns.each_row(column,
+                         [&](int64_t row) { copy_column(x, column, whole.tokens, x.tokens, to + row * x.tokens); });
   });
 }
 

@@ -45,13 +45,16 @@ class Columns {
     for (int64_t i = 0; i < end - begin; ++i) ++start_[column(i) + 2];
     for (size_t c = 2; c < start_.size(); ++c) start_[c] += start_[c - 1];
     for (int64_t i = 0; i < end - begin; ++i) rows_[start_[column(i) + 1]++] = i;
+    for (int64_t first = 0; first < width_; first += block_size_)
+      if (count(first, std::min(first + block_size_, width_)) > 0) blocks_.push_back(first);
   }
 
   int64_t block_size() const { return block_size_; }
-  int64_t blocks() const { return rows_.empty() ? 0 : (width_ + block_size_ - 1) / block_size_; }
+  // Of those blocks that hold a wanted column.
+  int64_t blocks() const { return static_cast<int64_t>(blocks_.size()); }
   // The columns [first, last) of a block.
-  int64_t first(int64_t block) const { return block * block_size_; }
-  int64_t last(int64_t block) const { return std::min(first(block + 1), width_); }
+  int64_t first(int64_t block) const { return blocks_[block]; }
+  int64_t last(int64_t block) const { return std::min(first(block) + block_size_, width_); }
   // How many rows the columns [first, last) become; mostly each becomes one or none.
   int64_t count(int64_t first, int64_t last) const { return start_[last] - start_[first]; }
   // f(row) for the rows that a column becomes.
@@ -62,7 +65,7 @@ class Columns {
 
  private:
   int64_t block_size_, width_;
-  std::vector<int64_t> start_, rows_;
+  std::vector<int64_t> start_, rows_, blocks_;
 };
 
 // Numbers of T as bits, in a register of `bytes`.
@@ -160,10 +163,11 @@ SPARSEFT_INLINE void gather_blocks(const Matrix<T>& x, const Columns& columns, i
       for (int64_t block = begin; block < end; ++block) {
         const int64_t first = columns.first(block), last = columns.last(block);
         // The next tokens of a column lie in another page, where the processor does not look ahead.
-        const T* next = x.data + (block + 1 < end ? t : t + piece) * x.token_stride +
-                        columns.first(block + 1 < end ? block + 1 : begin);
-        if (block + 1 < end || t + piece < whole)
+        const bool more = block + 1 < end;
+        if (more || t + piece < whole) {
+          const T* next = x.data + (more ? t : t + piece) * x.token_stride + columns.first(more ? block + 1 : begin);
           for (int64_t i = 0; i < piece; ++i) __builtin_prefetch(next + i * x.token_stride);
+        }
         int64_t column = first;
         for (; column + group <= last; column += group) {
           const int64_t wanted = columns.count(column, column + group);

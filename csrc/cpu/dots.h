@@ -125,7 +125,7 @@ SPARSEFT_INLINE void dots_of_run(const Worklist& work, const Run& run, const Dot
   W* out = d.out + run.first;
   for (int64_t i = 0; i < count; i += kTogether) {
     W sums[kTogether];
-    if (row[i] == row[i + kTogether - 1])  // entries are row-major: those between are in this row, too
+    if (row[i] == row[i + kTogether - 1])  // row-major, each row once: those between are in it, too
       dot<Op, true, full>(row + i, col + i, d.tokens, sums);
     else
       dot<Op, false, full>(row + i, col + i, d.tokens, sums);

@@ -3,7 +3,8 @@
 // A dot product over T walks a column of grad_out and a column of input. The needed columns are first gathered into
 // rows of a scratch buffer, padded with zeros to whole vectors: bf16 stays bf16 where the processor multiplies it,
 // everything else is widened to fp32 (fp64). A column that lies in memory in this form already is read where it is.
-// Tokens are taken kTokens at a time: the scratch stays in the cache, and its size does not grow with T.
+// Tokens are taken kTokens at a time: the scratch stays in the cache, and its size does not grow with T. (Sums take up
+// to three more numbers for each entry: those of the shares, below.)
 //
 // Threads share the tokens, not the entries: what a core has gathered, it reads from its own cache. An entry's sum
 // always has the same order (lanes, then their tree, then the blocks of a share, then the shares), whatever the number
@@ -11,7 +12,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <deque>
-#include <limits>
 
 #include "dots.h"
 #include "phases.h"
@@ -22,7 +22,7 @@ namespace {
 template <typename S>
 constexpr int64_t kStride = kTokens<S> + kStep<S>;  // a power of two would crowd few sets of the cache
 constexpr int64_t kNear = 600 << 10;   // bytes of it that the second-level cache holds, and more beside them
-constexpr int64_t kScratch = 1 << 26;  // bytes of all scratch together, where one does not take more
+constexpr int64_t kScratch = 1 << 26;  // bytes of all scratch together; one alone may be larger
 
 template <typename S>
 SPARSEFT_AVX512 void wide_dots_of_run(const Worklist& work, const Run& run, const Dots<S, S>& dots) {
@@ -128,12 +128,13 @@ class Shares {
       : tokens_(tokens),
         accumulate_(accumulate),
         out_(out.mutable_data_ptr<W>()) {
-    int64_t end = 0;
+    if (!runs.empty()) first_ = runs[0].first;
+    int64_t end = first_;
     for (const Run& run : runs) {
       first_ = std::min(first_, run.first);
       end = std::max(end, run.last);
     }
-    size_ = std::max<int64_t>(0, end - first_);
+    size_ = end - first_;
     others_ = torch::stable::new_empty(out, {(count() - 1) * size_});
   }
 
@@ -163,7 +164,7 @@ class Shares {
   int64_t tokens_;
   bool accumulate_;
   W* out_;
-  int64_t first_ = std::numeric_limits<int64_t>::max(), size_ = 0;  // the entries of all runs lie between
+  int64_t first_ = 0, size_ = 0;  // the entries of all runs lie between
   Tensor others_;
 };
 

@@ -7,8 +7,8 @@
 //
 // The first pass keeps the keys that reach the bound, in the memory of the result and a little beside it: then the
 // scores are read once. Where they are too many (of equal keys, or of a wrong bound) or too wide, every pass reads the
-// scores. Besides the result, the memory is a histogram per part, a ninth of the result or so for keys that were kept,
-// and what was put aside.
+// scores. Besides the result, the memory is a histogram per part, what was kept beside the result (at 1 % of the scores
+// an eighth of it) and what was put aside.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -95,22 +95,18 @@ SPARSEFT_INLINE void ask_for_next_page(const void* from) {
 struct Avx512 {
   static SPARSEFT_AVX512 inline uint64_t which(const float* from, uint32_t low) {
     const __m512i magnitudes = _mm512_set1_epi32(0x7fffffff), bound = _mm512_set1_epi32(static_cast<int>(low));
-    uint64_t found = 0;
-    for (int part = 0; part < 4; ++part) {
-      const __m512i bits = _mm512_and_si512(load(from + 16 * part), magnitudes);
-      found |= static_cast<uint64_t>(_mm512_cmpge_epu32_mask(bits, bound)) << 16 * part;
-    }
-    return found;
+    const auto some = [&](int part) SPARSEFT_AVX512 {
+      return _mm512_cmpge_epu32_mask(_mm512_and_si512(load(from + 16 * part), magnitudes), bound);
+    };
+    return _mm512_kunpackd(_mm512_kunpackw(some(3), some(2)), _mm512_kunpackw(some(1), some(0)));
   }
   template <typename T, typename = std::enable_if_t<sizeof(T) == 2>>
   static SPARSEFT_AVX512 inline uint64_t which(const T* from, uint16_t low) {
     const __m512i magnitudes = _mm512_set1_epi16(0x7fff), bound = _mm512_set1_epi16(static_cast<short>(low));
-    uint64_t found = 0;
-    for (int part = 0; part < 2; ++part) {
-      const __m512i bits = _mm512_and_si512(load(from + 32 * part), magnitudes);
-      found |= static_cast<uint64_t>(_mm512_cmpge_epu16_mask(bits, bound)) << 32 * part;
-    }
-    return found;
+    const auto some = [&](int part) SPARSEFT_AVX512 {
+      return _mm512_cmpge_epu16_mask(_mm512_and_si512(load(from + 32 * part), magnitudes), bound);
+    };
+    return _mm512_kunpackd(some(1), some(0));
   }
 
  private:
@@ -209,10 +205,7 @@ class Kept {
     complete_ |= open_;
     open_ = false;
   }
-  void forget() {
-    complete_ = false;
-    beside_ = {};
-  }
+  void forget() { *this = {}; }
   bool complete() const { return complete_; }
   const int64_t* begin() const { return begin_; }
 
@@ -228,7 +221,7 @@ class Kept {
     const auto filtered = [&](int64_t* from, int64_t count) {
       int64_t* to = from;
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t position = first_position + static_cast<uint32_t>(from[i]);
+        const int64_t position = first_position + distance_of(from[i]);
         if (wins(bits_of(from[i]), position)) *to++ = position;
       }
       return to - from;
@@ -244,6 +237,7 @@ class Kept {
 
  private:
   static uint32_t bits_of(int64_t one) { return static_cast<uint32_t>(static_cast<uint64_t>(one) >> 32); }
+  static uint32_t distance_of(int64_t one) { return static_cast<uint32_t>(one); }
   void add_beside(uint64_t one) {
     if (static_cast<int64_t>(beside_.size()) == most_) {  // too many
       open_ = false;

@@ -103,7 +103,7 @@ void Worklist::check_bounds(const char* op, const std::vector<Shape>& shapes, bo
     if (begin < end && largest(local + begin, end - begin) >= positions) all_inside = false;
   });
   std::atomic<int64_t> first_bad{size};
-  torch::stable::parallel_for(0, size, 64, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, size, 1024, [&](int64_t begin, int64_t end) {
     Checker checker(*this, shapes, one_shape, all_inside);
     for (int64_t i = begin; i < end; ++i) {
       if (!checker.fault(tiles[i])) continue;

@@ -172,8 +172,14 @@ def test_non_finite_reaches_only_its_own_entries(implementation, memory, dtype, 
 
 def test_same_bits_on_every_run(implementation):
     """Two runs, and any number of threads, give the same bits."""
-    e = entries(Case("large", ((190, 210),), (64, 64), 0.2))
-    for dtype, tokens in ((torch.float32, 257), (torch.float32, 1100), (torch.bfloat16, 257), (torch.bfloat16, 2100)):
+    large, wide = Case("large", ((190, 210),), (64, 64), 0.2), Case("wide", ((70, 3000),), (64, 64), 0.01)
+    for case, dtype, tokens in (
+        (large, torch.float32, 257),
+        (large, torch.bfloat16, 2100),
+        (wide, torch.float32, 1100),
+        (wide, torch.bfloat16, 257),
+    ):
+        e = entries(case)
         grad_out, input = (t.to(implementation.device) for t in operands(e, tokens, dtype))
         runs = []
         for threads in (1, 2, 2, 3, 5):

@@ -113,6 +113,9 @@ def sampled(n: int) -> numpy.ndarray:
     return (i * numpy.uint64(stride) + random % numpy.uint64(stride)).astype(numpy.int64)
 
 
+MANY = ("normal", "uneven", "sample too large", "sample too small", "sample too small in a third", "many ties")
+
+
 def many(name: str, n: int) -> numpy.ndarray:
     """[n] scores, enough of them for a sample."""
     scores = generator(name, n).standard_normal(n)
@@ -120,6 +123,9 @@ def many(name: str, n: int) -> numpy.ndarray:
         scores[: n // 3] *= 100
     if name == "sample too large":  # fewer than k scores reach its guess
         scores[sampled(n)[::40]] += 100
+    if name == "sample too small in a third":
+        third = numpy.arange(n // 3, 2 * n // 3)
+        scores[numpy.setdiff1d(third, sampled(n))[::7]] += 4
     if name == "sample too small":  # nearly all reach it
         scores[:] = numpy.abs(scores) + 1
         scores[sampled(n)] -= 1
@@ -129,7 +135,7 @@ def many(name: str, n: int) -> numpy.ndarray:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("kind", ["normal", "uneven", "sample too large", "sample too small", "many ties"])
+@pytest.mark.parametrize("kind", MANY)
 def test_many(implementation, kind, dtype):
     """So many that a sample is worth its while, in tensors that no thread's part ends with."""
     if implementation.name == "triton" and implementation.device == "cpu":
