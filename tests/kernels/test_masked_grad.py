@@ -173,12 +173,10 @@ def test_non_finite_reaches_only_its_own_entries(implementation, memory, dtype, 
 def test_same_bits_on_every_run(implementation):
     """Two runs, and any number of threads, give the same bits."""
     large, wide = Case("large", ((190, 210),), (64, 64), 0.2), Case("wide", ((70, 3000),), (64, 64), 0.01)
-    for case, dtype, tokens in (
-        (large, torch.float32, 257),
-        (large, torch.bfloat16, 2100),
-        (wide, torch.float32, 1100),
-        (wide, torch.bfloat16, 257),
-    ):
+    cases = [(large, torch.float32, 257), (large, torch.bfloat16, 257)]
+    if implementation.name == "cpu":  # more tokens than one share of them, more columns than are multiplied at a time
+        cases += [(large, torch.bfloat16, 2100), (wide, torch.float32, 1100), (wide, torch.bfloat16, 257)]
+    for case, dtype, tokens in cases:
         e = entries(case)
         grad_out, input = (t.to(implementation.device) for t in operands(e, tokens, dtype))
         runs = []

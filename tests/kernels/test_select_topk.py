@@ -138,8 +138,8 @@ def many(name: str, n: int) -> numpy.ndarray:
 @pytest.mark.parametrize("kind", MANY)
 def test_many(implementation, kind, dtype):
     """So many that a sample is worth its while, in tensors that no thread's part ends with."""
-    if implementation.name == "triton" and implementation.device == "cpu":
-        pytest.skip("takes minutes in Triton's interpreter")
+    if implementation.device == "cpu" and implementation.name != "cpu":
+        pytest.skip("the reference takes no sample, and Triton's interpreter would take minutes")
     n = (1 << 20) + 77
     scores = rounded(torch.from_numpy(many(kind, n)), dtype)
     several = [scores[:5], scores[5 : n // 3], scores[n // 3 :]]
