@@ -25,7 +25,7 @@
 namespace sparseft {
 namespace {
 
-constexpr int64_t kBins = 1 << 16;
+constexpr int64_t kBins = 1 << 15;
 
 SPARSEFT_INLINE uint16_t magnitude(Half x) {
   return x.x & 0x7fff;
@@ -383,7 +383,6 @@ class Scores {
 
   // The bin of the k-th largest key: few keys, or a single one. Counts what each part has above it.
   Bin find_bin(int64_t k, int64_t* out, std::vector<Part>& found) const {
-    constexpr int64_t few = 1 << 15;
     const int64_t parts = static_cast<int64_t>(found.size());
     const Bits most = std::numeric_limits<Bits>::max() >> 1;
     Bin bin{bound(k, out, found), most, k};
@@ -444,6 +443,7 @@ class Scores {
           left -= found[i].ties;
         }
       }
+      const int64_t few = all_kept(found) ? 1 << 11 : 1 << 15;  // another pass takes little time, or much
       if (here <= few || bin.low == bin.high) return bin;
     }
   }
