@@ -85,7 +85,8 @@ def assert_dense(grads: dict[str, Tensor], plain: nn.Module, model: nn.Module, x
 @pytest.mark.parametrize("strided", [False, True])
 def test_columns_are_moved_bit_for_bit(dtype, tokens, strided):
     x = torch.randn(tokens, 75).to(dtype)[:, : 70 if strided else 75]
-    for chosen in (torch.randperm(70)[:50], torch.tensor([69]), torch.tensor([], dtype=torch.int64)):
+    one, none, twice = torch.tensor([69]), torch.tensor([], dtype=torch.int64), torch.randint(70, (60,))
+    for chosen in (torch.randperm(70)[:50], torch.arange(70), one, none, twice):
         got = columns(x, chosen.to(torch.int32))
         assert got.shape == (len(chosen), tokens) and torch.equal(got, x.T[chosen])
 

@@ -1,7 +1,7 @@
 // Columns of a [T, *] matrix as rows of a buffer: a dot product over T then walks memory in order.
 //
-// Neighbouring columns that fill 16 bytes of a token are transposed in registers, as many tokens in each of a
-// register's lanes of 128 bits; where only a few columns of a cache line are wanted, one by one.
+// The columns of a cache line are transposed in registers, those that fill 16 bytes of a token together, as many tokens
+// in each of a register's lanes of 128 bits; where only a few of them are wanted, one by one.
 #pragma once
 
 #include <cstring>
@@ -39,33 +39,51 @@ class Columns {
   Columns(const Order& order, int64_t begin, int64_t end, const Matrix<T>& x)
       : block_size_(64 / sizeof(T)),
         width_(x.width),
-        start_(width_ + 2),
-        rows_(end - begin) {
-    const auto column = [&](int64_t i) { return std::clamp<int64_t>(order[begin + i], 0, width_ - 1); };
-    for (int64_t i = 0; i < end - begin; ++i) ++start_[column(i) + 2];
-    for (size_t c = 2; c < start_.size(); ++c) start_[c] += start_[c - 1];
-    for (int64_t i = 0; i < end - begin; ++i) rows_[start_[column(i) + 1]++] = i;
-    for (int64_t first = 0; first < width_; first += block_size_)
-      if (count(first, std::min(first + block_size_, width_)) > 0) blocks_.push_back(first);
+        row_(width_, -1),
+        same_(end - begin) {
+    for (int64_t i = end - begin - 1; i >= 0; --i) {
+      int64_t& row = row_[std::clamp<int64_t>(order[begin + i], 0, width_ - 1)];
+      same_[i] = row;
+      row = i;
+    }
+    for (int64_t first = 0; first < width_; first += block_size_) {
+      const int64_t last = std::min(first + block_size_, width_);
+      int64_t wanted = 0;
+      bool once = true;
+      for (int64_t column = first; column < last; ++column) {
+        wanted += row_[column] >= 0;
+        once &= row_[column] < 0 || same_[row_[column]] < 0;
+      }
+      const bool full = last - first == block_size_;
+      if (wanted > 0) blocks_.push_back({first, full && once && wanted > block_size_ / 8});
+    }
   }
 
   int64_t block_size() const { return block_size_; }
   // Of those blocks that hold a wanted column.
   int64_t blocks() const { return static_cast<int64_t>(blocks_.size()); }
   // The columns [first, last) of a block.
-  int64_t first(int64_t block) const { return blocks_[block]; }
+  int64_t first(int64_t block) const { return blocks_[block].first; }
   int64_t last(int64_t block) const { return std::min(first(block) + block_size_, width_); }
-  // How many rows the columns [first, last) become; mostly each becomes one or none.
-  int64_t count(int64_t first, int64_t last) const { return start_[last] - start_[first]; }
+  // Whether a block has all its columns, none becomes two rows, and not just a few become one.
+  bool dense(int64_t block) const { return blocks_[block].dense; }
+  // The row that each column of a dense block becomes, or -1.
+  const int64_t* rows(int64_t block) const { return row_.data() + first(block); }
   // f(row) for the rows that a column becomes.
   template <typename F>
   SPARSEFT_INLINE void each_row(int64_t column, const F& f) const {
-    for (int64_t i = start_[column]; i < start_[column + 1]; ++i) f(rows_[i]);
+    for (int64_t row = row_[column]; row >= 0; row = same_[row]) f(row);
   }
 
  private:
+  struct Block {
+    int64_t first;
+    bool dense;
+  };
   int64_t block_size_, width_;
-  std::vector<int64_t> start_, rows_, blocks_;
+  std::vector<int64_t> row_;   // the first of a column, or -1
+  std::vector<int64_t> same_;  // the next row of the same column, or -1
+  std::vector<Block> blocks_;
 };
 
 // Numbers of T as bits, in a register of `bytes`.
@@ -151,47 +169,55 @@ SPARSEFT_INLINE void copy_column(const Matrix<T>& x, int64_t column, int64_t beg
 template <int64_t bytes, typename T, typename S>
 SPARSEFT_INLINE void gather_blocks(const Matrix<T>& x, const Columns& columns, int64_t begin, int64_t end, S* to,
                                    int64_t stride) {
-  constexpr int64_t group = kGroup<T>, piece = bytes / sizeof(T);  // tokens of a register
-  const auto copy = [&](int64_t first, int64_t last, int64_t t0, int64_t t1) {
-    for (int64_t column = first; column < last; ++column)
+  const auto copy = [&](int64_t block, int64_t t0, int64_t t1) {
+    for (int64_t column = columns.first(block); column < columns.last(block); ++column)
       columns.each_row(column, [&](int64_t row) { copy_column(x, column, t0, t1, to + row * stride); });
   };
   int64_t t = 0;
   if constexpr (kTransposable<T, S>) {
+    constexpr int64_t group = kGroup<T>, piece = bytes / sizeof(T);  // tokens of a register
+    // Groups at once, as far as there are registers: a token's line is read once then. (Where tokens are a power of two
+    // apart, the first-level cache holds only some of their lines together.)
+    constexpr int64_t groups = bytes == 64 ? 4 : 1;
+    S unwanted[piece];
     const int64_t whole = x.column_stride == 1 ? x.tokens / piece * piece : 0;
     for (; t < whole; t += piece) {
       for (int64_t block = begin; block < end; ++block) {
-        const int64_t first = columns.first(block), last = columns.last(block);
         // The next tokens of a column lie in another page, where the processor does not look ahead.
         const bool more = block + 1 < end;
         if (more || t + piece < whole) {
           const T* next = x.data + (more ? t : t + piece) * x.token_stride + columns.first(more ? block + 1 : begin);
           for (int64_t i = 0; i < piece; ++i) __builtin_prefetch(next + i * x.token_stride);
         }
-        int64_t column = first;
-        for (; column + group <= last; column += group) {
-          const int64_t wanted = columns.count(column, column + group);
-          if (wanted == 0) continue;
-          if (wanted <= group / 4) {
-            copy(column, column + group, t, t + piece);
-            continue;
-          }
-          Bits<T, bytes> tokens[group];
-#pragma GCC unroll 8
-          for (int64_t i = 0; i < group; ++i)
-            tokens[i] = load_lanes<T, bytes>(x.data + (t + i) * x.token_stride + column, x.token_stride);
-          transpose<group == 8 ? 3 : group == 4 ? 2 : 1>(tokens);
-#pragma GCC unroll 8
-          for (int64_t i = 0; i < group; ++i)
-            columns.each_row(column + i, [&](int64_t row) { store(tokens[i], to + row * stride + t); });
+        if (!columns.dense(block)) {
+          copy(block, t, t + piece);
+          continue;
         }
-        copy(column, last, t, t + piece);
+        const T* from = x.data + t * x.token_stride + columns.first(block);
+        const int64_t* row = columns.rows(block);
+        for (int64_t column = 0; column < 64 / static_cast<int64_t>(sizeof(T)); column += groups * group) {
+          Bits<T, bytes> tokens[groups][group];
+#pragma GCC unroll 8
+          for (int64_t i = 0; i < group; ++i)
+#pragma GCC unroll 4
+            for (int64_t g = 0; g < groups; ++g)
+              tokens[g][i] = load_lanes<T, bytes>(from + i * x.token_stride + column + g * group, x.token_stride);
+#pragma GCC unroll 4
+          for (int64_t g = 0; g < groups; ++g) {
+            transpose<group == 8 ? 3 : group == 4 ? 2 : 1>(tokens[g]);
+#pragma GCC unroll 8
+            for (int64_t i = 0; i < group; ++i) {
+              const int64_t own = row[column + g * group + i];
+              store(tokens[g][i], own < 0 ? unwanted : to + own * stride + t);
+            }
+          }
+        }
       }
     }
   }
   const int64_t padded = (x.tokens + kStep<S> - 1) / kStep<S> * kStep<S>;
   if (t == padded) return;
-  for (int64_t block = begin; block < end; ++block) copy(columns.first(block), columns.last(block), t, padded);
+  for (int64_t block = begin; block < end; ++block) copy(block, t, padded);
 }
 
 template <typename T, typename S>
