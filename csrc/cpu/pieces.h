@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "phases.h"
 #include "worklist.h"
 
 namespace sparseft {
@@ -85,29 +86,27 @@ class Pieces {
   int64_t entry_ = 0;  // of tile_
 };
 
-// Calls f(piece) for all entries of a worklist with rows and cols. A thread gets whole tiles, of about `grain` entries
-// or more together. f must not throw.
+// Calls f(piece) for all entries of a worklist with rows and cols, from several threads if there are more than `few`.
+// f must not throw.
 template <typename T, typename F>
-void for_each_piece(const Worklist& work, const std::vector<T*>& weights, const std::vector<Shape>& shapes,
-                    int64_t grain, const F& f) {
-  const Tile *const begin = work.tiles, *const end = begin + work.size;
-  int64_t total = 0;
-  for (const Tile* tile = begin; tile != end; ++tile) total += tile->entry1 - tile->entry0;
-  torch::stable::parallel_for(0, total, grain, [&](int64_t entry0, int64_t entry1) {
-    // Threads share the entries, not the tiles: a tile belongs to who has its first entry.
-    const auto tile_at = [&](int64_t entry) {
-      const Tile* tile = begin;
-      for (int64_t before = 0; tile != end && before < entry; ++tile) before += tile->entry1 - tile->entry0;
-      return tile;
-    };
-    Pieces<T> pieces(work, weights, shapes, tile_at(entry0), tile_at(entry1));
-    Piece<T> ring[kAhead];
-    int64_t made = 0;
-    while (made < kAhead && pieces.next(ring[made])) ++made;
-    for (int64_t done = 0; done < made; ++done) {
-      f(ring[done % kAhead]);
-      if (pieces.next(ring[made % kAhead])) ++made;  // in the place of the one that is done
-    }
+void for_each_piece(const Worklist& work, const std::vector<T*>& weights, const std::vector<Shape>& shapes, int64_t few,
+                    const F& f) {
+  // Tiles that a thread takes at a time: some 50 microseconds. Equal shares, given out before, would wait for the
+  // thread whose core or memory was slower.
+  const int64_t batch = 1 + work.size * (1 << 14) / std::max<int64_t>(1, work.entries);
+  Phases phases({{work.size, batch}});
+  const int64_t threads = work.entries > few ? torch::stable::get_num_threads() : 1;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    phases.join([&](int64_t, int64_t begin, int64_t end) {
+      Pieces<T> pieces(work, weights, shapes, work.tiles + begin, work.tiles + end);
+      Piece<T> ring[kAhead];
+      int64_t made = 0;
+      while (made < kAhead && pieces.next(ring[made])) ++made;
+      for (int64_t done = 0; done < made; ++done) {
+        f(ring[done % kAhead]);
+        if (pieces.next(ring[made % kAhead])) ++made;  // in the place of the one that is done
+      }
+    });
   });
 }
 

@@ -18,29 +18,44 @@ SPARSEFT_CLONES uint32_t largest_column(const uint16_t* local, int64_t count, Di
   return most;
 }
 
+// Whether `count` indices lie in [0, limit): negative ones are the largest without their sign.
 SPARSEFT_CLONES bool all_below(const int32_t* values, int64_t count, int64_t limit) {
-  bool ok = true;
-  for (int64_t i = 0; i < count; ++i) ok &= values[i] >= 0 && values[i] < limit;
-  return ok;
+  uint32_t most = 0;
+  for (int64_t i = 0; i < count; ++i) most = std::max(most, static_cast<uint32_t>(values[i]));
+  return count == 0 || most < std::min(limit, int64_t{1} << 31);
 }
 
-// The stretch of an order whose indices were last found to lie in a layer's matrix: tiles of a band share their rows,
-// bands share their columns.
+// How far the indices of an order lie in a layer's matrix. Tiles of a band share their rows, bands share their columns:
+// what was found last is kept.
 class Known {
  public:
-  bool fits(const Order& order, int64_t layer, int64_t start, int64_t count, int64_t limit) {
-    if (!order.data) return start + count <= limit;
-    const bool continues = layer == layer_ && begin_ <= start && start <= end_;
-    const int64_t from = continues ? std::min(end_, start + count) : start;
-    if (!all_below(order.data + from, start + count - from, limit)) return false;
-    begin_ = continues ? begin_ : start;
-    end_ = continues ? std::max(end_, start + count) : start + count;
-    layer_ = layer;
-    return true;
+  // How many of order[start], ..., order[start + count - 1] there are and lie in [0, limit), before the first that does
+  // not.
+  int64_t fitting(const Order& order, int64_t layer, int64_t start, int64_t count, int64_t limit) {
+    if (start < 0 || start >= order.size) return 0;
+    const int64_t last = start + std::min(count, order.size - start);
+    if (!order.data) return std::max<int64_t>(0, std::min(last, limit) - start);
+    if (layer != layer_ || start < begin_ || start > end_) {
+      layer_ = layer;
+      begin_ = end_ = start;
+      ends_ = false;
+    }
+    if (last > end_ && !ends_) go_on(order, last, limit);
+    return std::min(last, end_) - start;
   }
 
  private:
-  int64_t layer_ = -1, begin_ = 0, end_ = 0;
+  void go_on(const Order& order, int64_t last, int64_t limit) {
+    if (all_below(order.data + end_, last - end_, limit)) {
+      end_ = last;
+      return;
+    }
+    while (order[end_] >= 0 && order[end_] < limit) ++end_;
+    ends_ = true;
+  }
+
+  int64_t layer_ = -1, begin_ = 0, end_ = 0;  // all of order[begin], ..., order[end - 1] fit
+  bool ends_ = false;                         // order[end] does not
 };
 
 class Checker {
@@ -50,48 +65,44 @@ class Checker {
       : work_(work),
         shapes_(shapes),
         one_shape_(one_shape),
-        all_inside_(all_inside) {}
+        all_inside_(all_inside),
+        width_(work.width.size),
+        height_(work.positions / width_) {}
 
   // What is wrong with a tile, or nullptr.
   const char* fault(const Tile& tile) {
-    const int64_t layer = layer_of(tile);
+    const int64_t layer = one_shape_ ? 0 : tile.layer;
     if (layer < 0 || layer >= static_cast<int64_t>(shapes_.size())) return "LAYER is not one of the weights";
     if (tile.entry0 < 0 || tile.entry1 < tile.entry0 || tile.entry1 > work_.entries)
       return "ENTRY0 and ENTRY1 must be an ascending range of entries";
+    if (tile.entry0 == tile.entry1) return nullptr;
+    const Shape& shape = shapes_[layer];
+    const int64_t rows = rows_.fitting(work_.rows, layer, tile.row0, height_, shape.rows);
+    const int64_t cols = cols_.fitting(work_.cols, layer, tile.col0, width_, shape.cols);
+    if (all_inside_ && rows == height_ && cols == width_) return nullptr;
     const uint16_t* local = work_.local + tile.entry0;
     const int64_t count = tile.entry1 - tile.entry0;
-    if (count == 0 || (all_inside_ && fits_whole(tile, shapes_[layer]))) return nullptr;
-    const uint16_t most = largest(local, count);
+    const int64_t most = largest(local, count);
     if (most >= work_.positions) return "a local position lies outside the tile";
-    const int64_t rows = work_.width.quotient(most) + 1;
-    // All columns of the tile, if there are so many; else those that its entries use.
-    const bool whole = tile.col0 >= 0 && tile.col0 <= work_.cols.size - int64_t{work_.width.size};
-    int64_t cols = whole ? work_.width.size : largest_column(local, count, work_.width) + 1;
-    if (tile.row0 < 0 || tile.row0 > work_.rows.size - rows) return "an entry lies outside the active rows";
-    if (tile.col0 < 0 || tile.col0 > work_.cols.size - cols) return "an entry lies outside the active columns";
-    const Shape& shape = shapes_[layer];
-    if (!rows_.fits(work_.rows, layer, tile.row0, rows, shape.rows)) return "rows holds an index outside the matrix";
-    if (cols_.fits(work_.cols, layer, tile.col0, cols, shape.cols)) return nullptr;
-    cols = largest_column(local, count, work_.width) + 1;
-    if (cols_.fits(work_.cols, layer, tile.col0, cols, shape.cols)) return nullptr;
-    return "cols holds an index outside the matrix";
+    if (most >= rows * width_)
+      return exists(tile.row0, most / width_, work_.rows) ? "rows holds an index outside the matrix"
+                                                          : "an entry lies outside the active rows";
+    if (cols == width_) return nullptr;
+    const int64_t right = largest_column(local, count, work_.width);
+    if (right < cols) return nullptr;
+    return exists(tile.col0, right, work_.cols) ? "cols holds an index outside the matrix"
+                                                : "an entry lies outside the active columns";
   }
 
  private:
-  // Whether all rows and columns of the tile exist and lie in the matrix: then so do those that its entries use.
-  bool fits_whole(const Tile& tile, const Shape& shape) {
-    const int64_t width = work_.width.size, height = work_.positions / width;
-    return tile.row0 >= 0 && tile.row0 <= work_.rows.size - height && tile.col0 >= 0 &&
-           tile.col0 <= work_.cols.size - width &&
-           rows_.fits(work_.rows, layer_of(tile), tile.row0, height, shape.rows) &&
-           cols_.fits(work_.cols, layer_of(tile), tile.col0, width, shape.cols);
+  static bool exists(int64_t start, int64_t number, const Order& order) {
+    return start >= 0 && start < order.size - number;
   }
-
-  int64_t layer_of(const Tile& tile) const { return one_shape_ ? 0 : tile.layer; }
 
   const Worklist& work_;
   const std::vector<Shape>& shapes_;
   bool one_shape_, all_inside_;
+  int64_t width_, height_;  // of a tile
   Known rows_, cols_;
 };
 
