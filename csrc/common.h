@@ -146,9 +146,9 @@ inline void check_weights(const char* op, const std::vector<Tensor>& weights) {
   }
 }
 
-inline void check_masked_grad(const Tensor& out, const Tensor& grad_out, const Tensor& input,
-                              const std::optional<Tensor>& rows, const std::optional<Tensor>& cols, const Tensor& tiles,
-                              const Tensor& local, const std::vector<int64_t>& tile) {
+inline void check_masked_grad_operands(const Tensor& grad_out, const Tensor& input, const std::optional<Tensor>& rows,
+                                       const std::optional<Tensor>& cols, const Tensor& tiles, const Tensor& local,
+                                       const std::vector<int64_t>& tile) {
   const char* op = "masked_grad_";
   STD_TORCH_CHECK(grad_out.dim() == 2 && input.dim() == 2, op, ": grad_out and input must be [T, N] and [T, K]");
   STD_TORCH_CHECK(grad_out.size(0) == input.size(0), op, ": grad_out and input must share their first dimension, got ",
@@ -158,7 +158,13 @@ inline void check_masked_grad(const Tensor& out, const Tensor& grad_out, const T
   check_dtype(op, "input", input, grad_out.scalar_type());
   check_device(op, "input", input, grad_out);
   check_entries(op, rows, cols, tiles, local, tile, grad_out);
-  check_vector(op, "out", out, wide_type(grad_out.scalar_type()), local.numel(), grad_out);
+}
+
+inline void check_masked_grad(const Tensor& out, const Tensor& grad_out, const Tensor& input,
+                              const std::optional<Tensor>& rows, const std::optional<Tensor>& cols, const Tensor& tiles,
+                              const Tensor& local, const std::vector<int64_t>& tile) {
+  check_masked_grad_operands(grad_out, input, rows, cols, tiles, local, tile);
+  check_vector("masked_grad_", "out", out, wide_type(grad_out.scalar_type()), local.numel(), grad_out);
 }
 
 inline void check_scatter_delta(const std::vector<Tensor>& weights, const Tensor& values, const Tensor& rows,

@@ -167,7 +167,7 @@ def runs_on_cpu_library(x: torch.Tensor) -> bool:
     return (
         x.is_cpu
         and x.dtype in (torch.float32, torch.bfloat16)
-        and type(x) is torch.Tensor
+        and type(x) in (torch.Tensor, torch.nn.Parameter)
         and has_cpu_library()
         and not torch.compiler.is_compiling()
     )

@@ -4,7 +4,7 @@
 check their arguments and keep autograd's version counters right. `backend.py` chooses who computes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -47,7 +47,8 @@ for _name, _schema in SCHEMAS.items():
     for _library in _compiled:  # csrc/ registers its kernels here, under the same schemas
         _library.define(_name + _schema.replace("SymInt", "int"))
 
-_lib.define(f"masked_grad({_OPERAND}) -> Tensor", tags=_TAGS)
+for _library, _integer in ((_lib, "SymInt"), (_compiled[0], "int")):
+    _library.define(f"masked_grad({_OPERAND.replace('SymInt', _integer)}) -> Tensor", tags=_TAGS)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -56,6 +57,8 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def eager_masked_grad(grad_out, input, rows, cols, tiles, local, tile):
     """What `torch.ops.sparseft.masked_grad` computes, without the way through the dispatcher and without autograd."""
+    if backend.runs_on_cpu_library(grad_out):
+        return torch.ops.sparseft_cpu.masked_grad.default(grad_out, input, rows, cols, tiles, local, tile)
     out = grad_out.new_zeros(local.shape, dtype=_accumulator(grad_out.dtype))
     kernel = backend.kernel("masked_grad_", grad_out.device.type)
     kernel(out, grad_out, input, rows, cols, tiles, local, tile, False)
@@ -148,20 +151,23 @@ def masked_grad(grad_out: Tensor, input: Tensor, pattern: Pattern, out: Tensor |
         raise _unfit("input", f"[..., {pattern.shape[1]}]", tuple(input.shape))
     if input.shape[:-1] != grad_out.shape[:-1]:
         raise _unfit("input", f"leading dimensions {tuple(grad_out.shape[:-1])}", tuple(input.shape))
-    _expect_dtype("input", input, (grad_out.dtype,))
-    _expect_dtype("grad_out", grad_out, (torch.float32, torch.bfloat16, torch.float16, torch.float64))
-    _expect_device("input", input, grad_out)
-    _expect_layout(pattern.layout, grad_out)
-    flat = (grad_out.reshape(-1, pattern.shape[0]), input.reshape(-1, pattern.shape[1]))
+
+    def check():
+        _expect_dtype("input", input, (grad_out.dtype,))
+        _expect_dtype("grad_out", grad_out, (torch.float32, torch.bfloat16, torch.float16, torch.float64))
+        _expect_device("input", input, grad_out)
+        _expect_layout(pattern.layout, grad_out)
+        if out is not None:
+            _expect_vector("out", out, len(pattern), (_accumulator(grad_out.dtype),), grad_out)
+
+    operands = (grad_out.reshape(-1, pattern.shape[0]), input.reshape(-1, pattern.shape[1]), *pattern.layout)
     if out is None:
-        differentiable = torch.is_grad_enabled() and (grad_out.requires_grad or input.requires_grad)
-        if differentiable or torch.compiler.is_compiling():
-            return torch.ops.sparseft.masked_grad(*flat, *pattern.layout)
-        with torch._C._AutoDispatchBelowAutograd():  # its part can take as long as a small layer's gradient
-            return torch.ops.sparseft.masked_grad(*flat, *pattern.layout)
-    _expect_vector("out", out, len(pattern), (_accumulator(grad_out.dtype),), grad_out)
-    _refuse_autograd("masked_grad(out=)", out, *flat)
-    torch.ops.sparseft.masked_grad_(out, *flat, *pattern.layout, True)
+        if torch.is_grad_enabled() and (grad_out.requires_grad or input.requires_grad):
+            check()
+            return torch.ops.sparseft.masked_grad(*operands)
+        return _call("masked_grad", grad_out, operands, check)
+    _refuse_autograd("masked_grad(out=)", out, *operands[:2])
+    _call("masked_grad_", grad_out, (out, *operands, True), check)
     _bump(out)
     return out
 
@@ -190,12 +196,19 @@ def scatter_delta_(
     layout = pattern.layout if isinstance(pattern, Pattern) else pattern
     if mode not in ("add", "copy", "swap"):
         raise ValueError(f"mode must be 'add', 'copy' or 'swap', got {mode!r}")
-    _expect_weights(weights, pattern)
-    _expect_layout(layout, weights[0])
-    dtypes = (weights[0].dtype,) if mode == "swap" else (weights[0].dtype, torch.float32)
-    _expect_vector("values", values, len(layout.local), dtypes, weights[0])
+    _expect_some(weights)
+    matrices = _matrices(weights)
+    if isinstance(pattern, Pattern) and (len(weights) != 1 or matrices[0].shape != pattern.shape):
+        raise _unfit("weight", f"one of shape {pattern.shape}", [tuple(w.shape) for w in weights])
+
+    def check():
+        _expect_weights(weights)
+        _expect_layout(layout, weights[0])
+        dtypes = (weights[0].dtype,) if mode == "swap" else (weights[0].dtype, torch.float32)
+        _expect_vector("values", values, len(layout.local), dtypes, weights[0])
+
     _refuse_autograd("scatter_delta_", *weights, values)
-    torch.ops.sparseft.scatter_delta_([_matrix(w) for w in weights], values, *layout, mode, float(alpha))
+    _call("scatter_delta_", weights[0], (matrices, values, *layout, mode, float(alpha)), check)
     _bump(*weights, *([values] if mode == "swap" else []))
 
 
@@ -238,28 +251,32 @@ def sparse_adamw_(
         ValueError, TypeError: an argument does not fit; nothing was written.
         RuntimeError: autograd would need a gradient through the write (call it under `torch.no_grad()`).
     """
-    _expect_weights(weights, layout)
-    _expect_layout(layout, weights[0])
-    k, dtype, state = len(layout.local), weights[0].dtype, _accumulator(weights[0].dtype)
-    if seed is not None and dtype not in (torch.bfloat16, torch.float16):
-        raise TypeError(f"with a seed weights must be torch.bfloat16 or torch.float16, got {dtype}")
-    _expect_vector("values", values, k, (state if seed is None else dtype,), weights[0])
-    for name, tensor in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        _expect_vector(name, tensor, k, (state,), weights[0])
-    if base is not None:
-        _expect_vector("base", base, k, (dtype,), weights[0])
-    if born is not None:
-        _expect_vector("born", born, k, (torch.int32,), weights[0])
-    _expect_vector("step", step, len(weights), (torch.int64,), weights[0])
-    _expect_number("lr", lr, (torch.float32, torch.float64), None if lr.device.type == "cpu" else weights[0])
-    for name, number in (("grad_scale", grad_scale), ("found_inf", found_inf)):
-        if number is not None:
-            _expect_number(name, number, (torch.float32,), weights[0])
+    _expect_some(weights)
+
+    def check():
+        _expect_weights(weights)
+        _expect_layout(layout, weights[0])
+        k, dtype, state = len(layout.local), weights[0].dtype, _accumulator(weights[0].dtype)
+        if seed is not None and dtype not in (torch.bfloat16, torch.float16):
+            raise TypeError(f"with a seed weights must be torch.bfloat16 or torch.float16, got {dtype}")
+        _expect_vector("values", values, k, (state if seed is None else dtype,), weights[0])
+        for name, tensor in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+            _expect_vector(name, tensor, k, (state,), weights[0])
+        if base is not None:
+            _expect_vector("base", base, k, (dtype,), weights[0])
+        if born is not None:
+            _expect_vector("born", born, k, (torch.int32,), weights[0])
+        _expect_vector("step", step, len(weights), (torch.int64,), weights[0])
+        _expect_number("lr", lr, (torch.float32, torch.float64), None if lr.device.type == "cpu" else weights[0])
+        for name, number in (("grad_scale", grad_scale), ("found_inf", found_inf)):
+            if number is not None:
+                _expect_number(name, number, (torch.float32,), weights[0])
+
     _refuse_autograd("sparse_adamw_", *weights, values, exp_avg, exp_avg_sq)
-    torch.ops.sparseft.sparse_adamw_(
-        [_matrix(w) for w in weights], values, grad, exp_avg, exp_avg_sq, base, step, born, *layout,
+    _call("sparse_adamw_", weights[0], (
+        _matrices(weights), values, grad, exp_avg, exp_avg_sq, base, step, born, *layout,
         lr, betas[0], betas[1], eps, weight_decay, maximize, grad_scale, found_inf, seed,
-    )  # fmt: skip
+    ), check)  # fmt: skip
     _bump(*weights, values, exp_avg, exp_avg_sq)
 
 
@@ -297,6 +314,23 @@ def select_topk(
             _expect_contiguous(name, tensor)
             _expect_device(name, tensor, several[0])
     return torch.ops.sparseft.select_topk(several, second, k, score)
+
+
+def _call(name: str, first: Tensor, args: tuple, check: Callable[[], None]):
+    """Call an operation with arguments that pass `check`; `first` tells the device. Nothing needs a gradient.
+
+    The compiled CPU kernels check the same themselves: there, `check` only finds the words for what they refuse, and
+    the dispatcher is passed once, not twice. Cold, checks and dispatch took as long as a small layer's gradient.
+    """
+    if not backend.runs_on_cpu_library(first):
+        check()
+        return getattr(torch.ops.sparseft, name)(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        try:
+            return getattr(torch.ops.sparseft_cpu, name).default(*args)
+        except RuntimeError:
+            check()
+            raise
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------
@@ -354,9 +388,12 @@ def _expect_layout(layout: Layout, like: Tensor) -> None:
     _expect_device("tiles", tiles, like)
 
 
-def _expect_weights(weights: Sequence[Tensor], where: Pattern | Layout) -> None:
+def _expect_some(weights: Sequence[Tensor]) -> None:
     if not weights:
         raise ValueError("weights must hold at least one tensor, got none")
+
+
+def _expect_weights(weights: Sequence[Tensor]) -> None:
     dtype, device = weights[0].dtype, weights[0].device
     for weight in weights:
         if weight.dtype == dtype and weight.device == device and weight.is_contiguous():
@@ -364,12 +401,11 @@ def _expect_weights(weights: Sequence[Tensor], where: Pattern | Layout) -> None:
         _expect_dtype("weight", weight, (dtype,))
         _expect_contiguous("weight", weight)
         _expect_device("weight", weight, weights[0])
-    if isinstance(where, Pattern) and (len(weights) != 1 or _matrix(weights[0]).shape != where.shape):
-        raise _unfit("weight", f"one of shape {where.shape}", [tuple(w.shape) for w in weights])
 
 
-def _matrix(weight: Tensor) -> Tensor:
-    return weight if weight.dim() == 2 else weight.view(-1, weight.shape[-1])
+def _matrices(weights: Sequence[Tensor]) -> list[Tensor]:
+    """As [-1, last dimension]; what is not contiguous stays as it is, to be refused."""
+    return [w if w.dim() == 2 or not w.is_contiguous() else w.view(-1, w.shape[-1]) for w in weights]
 
 
 def _refuse_autograd(name: str, *tensors: Tensor) -> None:
@@ -379,7 +415,11 @@ def _refuse_autograd(name: str, *tensors: Tensor) -> None:
 
 def _bump(*tensors: Tensor) -> None:
     """Custom in-place ops do not advance the version counter: without this, a later backward would be wrong."""
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:  # inference tensors have no counter
         torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 

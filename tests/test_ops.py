@@ -205,6 +205,12 @@ def test_masked_grad_accumulates_into_out(served_by):
     torch.testing.assert_close(out, 1 + ops.masked_grad(g, x, p))
 
 
+def test_masked_grad_of_several_at_once(served_by):
+    p, g, x = pattern(), torch.randn(3, T, N), torch.randn(3, T, K)
+    expected = torch.stack([ops.masked_grad(a, b, p) for a, b in zip(g, x, strict=True)])
+    assert torch.equal(torch.vmap(lambda a, b: ops.masked_grad(a, b, p))(g, x), expected)
+
+
 def in_place(name: str):
     """A call of each in-place function and the tensors that it writes."""
     weights, layout = layers()

@@ -12,6 +12,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <deque>
+#include <memory>
+#include <new>
 
 #include "dots.h"
 #include "phases.h"
@@ -23,6 +25,22 @@ template <typename S>
 constexpr int64_t kStride = kTokens<S> + kStep<S>;  // a power of two would crowd few sets of the cache
 constexpr int64_t kNear = 600 << 10;   // bytes of it that the second-level cache holds, and more beside them
 constexpr int64_t kScratch = 1 << 26;  // bytes of all scratch together; one alone may be larger
+
+// Memory that starts at a cache line, for as long as a call takes. (A tensor of its own would cost as much as gathering
+// some hundred columns.)
+template <typename N>
+class Scratch {
+ public:
+  explicit Scratch(int64_t size) : data_(static_cast<N*>(::operator new(size * sizeof(N), kLine))) {}
+  N* data() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  struct Delete {
+    void operator()(N* data) const { ::operator delete(data, kLine); }
+  };
+  std::unique_ptr<N, Delete> data_;
+};
 
 template <typename S>
 SPARSEFT_AVX512 void wide_dots_of_run(const Worklist& work, const Run& run, const Dots<S, S>& dots) {
@@ -58,8 +76,7 @@ template <typename T, typename S>
 class Operand {
  public:
   Operand(const Tensor& tensor, const Order& order, std::pair<int64_t, int64_t> range)
-      : tensor_(tensor),
-        order_(order),
+      : order_(order),
         x_(matrix_of<T>(tensor)),
         begin_(range.first),
         size_(range.second - range.first),
@@ -74,7 +91,7 @@ class Operand {
   // One block of tokens at a time, as rows.
   class Block {
    public:
-    explicit Block(const Operand& from) : from_(from), rows_(from.size_) {
+    explicit Block(const Operand& from) : from_(from), scratch_(from.size() * kStride<S>), rows_(from.size_) {
       if constexpr (std::is_same_v<T, S>) {
         if (from_.in_place_) {
           for (int64_t i = 0; i < from_.size_; ++i) {
@@ -85,11 +102,7 @@ class Operand {
           return;
         }
       }
-      const ScalarType dtype = from_.tensor_.scalar_type();
-      scratch_ =
-          torch::stable::new_empty(from_.tensor_, {from_.size_, kStride<S>}, sizeof(S) == 2 ? dtype : wide_type(dtype));
-      to_ = scratch_.mutable_data_ptr<S>();
-      for (int64_t i = 0; i < from_.size_; ++i) rows_[i] = to_ + i * kStride<S>;
+      for (int64_t i = 0; i < from_.size_; ++i) rows_[i] = scratch_.data() + i * kStride<S>;
     }
 
     // For the blocks of columns [begin, end).
@@ -97,20 +110,18 @@ class Operand {
       Matrix<T> x = from_.x_;
       x.data += token0 * x.token_stride;
       x.tokens = count;
-      gather(x, from_.columns_, begin, end, to_, kStride<S>);
+      gather(x, from_.columns_, begin, end, scratch_.data(), kStride<S>);
     }
 
     Rows<S> rows(int64_t token0) const { return {rows_.data(), from_.begin_, from_.in_place_ ? token0 : 0}; }
 
    private:
     const Operand& from_;
-    Tensor scratch_;
-    S* to_ = nullptr;
+    Scratch<S> scratch_;
     std::vector<const S*> rows_;
   };
 
  private:
-  const Tensor& tensor_;
   Order order_;
   Matrix<T> x_;
   int64_t begin_, size_;
@@ -124,19 +135,13 @@ class Shares {
  public:
   // accumulate: the first share's sums are added to `out`; it holds all sums after `add_up` of all runs. Entries
   // outside the runs are left alone.
-  Shares(const Tensor& out, const std::vector<Run>& runs, int64_t tokens, bool accumulate)
+  Shares(W* out, const std::vector<Run>& runs, int64_t tokens, bool accumulate)
       : tokens_(tokens),
         accumulate_(accumulate),
-        out_(out.mutable_data_ptr<W>()) {
-    if (!runs.empty()) first_ = runs[0].first;
-    int64_t end = first_;
-    for (const Run& run : runs) {
-      first_ = std::min(first_, run.first);
-      end = std::max(end, run.last);
-    }
-    size_ = end - first_;
-    others_ = torch::stable::new_empty(out, {(count() - 1) * size_});
-  }
+        out_(out),
+        first_(first_of(runs)),
+        size_(last_of(runs) - first_),
+        others_((count() - 1) * size_) {}
 
   int64_t blocks() const { return std::max<int64_t>(1, (tokens_ + kTokens<S> - 1) / kTokens<S>); }  // one may be empty
   int64_t count() const { return std::min(kShares, blocks()); }
@@ -149,9 +154,7 @@ class Shares {
     return block > first_block(share) || (accumulate_ && share == 0);
   }
   // By the number of the entry.
-  W* sums(int64_t share) const {
-    return share == 0 ? out_ : others_.mutable_data_ptr<W>() + (share - 1) * size_ - first_;
-  }
+  W* sums(int64_t share) const { return share == 0 ? out_ : others_.data() + (share - 1) * size_ - first_; }
   void add_up(const Run& run) const {
     for (int64_t share = 1; share < count(); ++share) {
       const W* from = sums(share);
@@ -160,12 +163,23 @@ class Shares {
   }
 
  private:
+  static int64_t first_of(const std::vector<Run>& runs) {
+    int64_t first = runs.empty() ? 0 : runs[0].first;
+    for (const Run& run : runs) first = std::min(first, run.first);
+    return first;
+  }
+  static int64_t last_of(const std::vector<Run>& runs) {
+    int64_t last = 0;
+    for (const Run& run : runs) last = std::max(last, run.last);
+    return last;
+  }
+
   static constexpr int64_t kShares = 4;
   int64_t tokens_;
   bool accumulate_;
   W* out_;
-  int64_t first_ = 0, size_ = 0;  // the entries of all runs lie between
-  Tensor others_;
+  int64_t first_, size_;  // the entries of all runs lie between
+  Scratch<W> others_;
 };
 
 // Threads that work on consecutive shares with one scratch.
@@ -230,7 +244,7 @@ class Team {
 
 template <typename T, typename S>
 void compute(const Worklist& work, const Operand<T, S>& left, const Operand<T, S>& right, int64_t tokens,
-             bool accumulate, const Tensor& out) {
+             bool accumulate, Wide<T>* out) {
   std::vector<Run> runs = runs_of(work);
   // A band of tiles reads a few rows and all columns: so many columns at a time that they stay in the second-level
   // cache.
@@ -260,12 +274,16 @@ void compute(const Worklist& work, const Operand<T, S>& left, const Operand<T, S
   });
 }
 
-void masked_grad(Tensor out, const Tensor& grad_out, const Tensor& input, std::optional<Tensor> rows,
-                 std::optional<Tensor> cols, const Tensor& tiles, const Tensor& local, std::vector<int64_t> tile,
-                 bool accumulate) {
-  check_masked_grad(out, grad_out, input, rows, cols, tiles, local, tile);
+Worklist worklist_of(const Tensor& grad_out, const Tensor& input, const std::optional<Tensor>& rows,
+                     const std::optional<Tensor>& cols, const Tensor& tiles, const Tensor& local,
+                     const std::vector<int64_t>& tile) {
   const Worklist work(Order(rows, grad_out.size(1)), Order(cols, input.size(1)), tiles, local, tile);
   work.check_bounds("masked_grad_", {{grad_out.size(1), input.size(1)}}, /*one_shape=*/true);
+  return work;
+}
+
+// What was checked: the gradient of the worklist's entries, into `out`.
+void gradient_into(Tensor& out, const Tensor& grad_out, const Tensor& input, const Worklist& work, bool accumulate) {
   const auto dense = [](const Tensor& x) {
     return x.stride(0) == 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x);
   };
@@ -273,9 +291,10 @@ void masked_grad(Tensor out, const Tensor& grad_out, const Tensor& input, std::o
   const auto with = [&](auto from, auto to) {
     using T = typename decltype(from)::type;
     using S = typename decltype(to)::type;
-    compute(work, Operand<T, S>(left, work.rows, used(work, &Tile::row0, tile[0], work.rows)),
-            Operand<T, S>(right, work.cols, used(work, &Tile::col0, tile[1], work.cols)), grad_out.size(0), accumulate,
-            out);
+    const int64_t width = work.width.size, height = work.positions / width;
+    compute(work, Operand<T, S>(left, work.rows, used(work, &Tile::row0, height, work.rows)),
+            Operand<T, S>(right, work.cols, used(work, &Tile::col0, width, work.cols)), grad_out.size(0), accumulate,
+            out.mutable_data_ptr<Wide<T>>());
   };
   visit_float(grad_out.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -287,10 +306,39 @@ void masked_grad(Tensor out, const Tensor& grad_out, const Tensor& input, std::o
   });
 }
 
+void masked_grad_(Tensor out, const Tensor& grad_out, const Tensor& input, std::optional<Tensor> rows,
+                  std::optional<Tensor> cols, const Tensor& tiles, const Tensor& local, std::vector<int64_t> tile,
+                  bool accumulate) {
+  check_masked_grad(out, grad_out, input, rows, cols, tiles, local, tile);
+  gradient_into(out, grad_out, input, worklist_of(grad_out, input, rows, cols, tiles, local, tile), accumulate);
+}
+
+// Whether the tiles list all entries, one after the other.
+bool lists_all(const Worklist& work) {
+  int64_t next = 0;
+  for (const Tile* tile = work.tiles; tile != work.tiles + work.size; ++tile) {
+    if (tile->entry0 != next) return false;
+    next = tile->entry1;
+  }
+  return next == work.entries;
+}
+
+// Entries that no tile lists get zero.
+Tensor masked_grad(const Tensor& grad_out, const Tensor& input, std::optional<Tensor> rows, std::optional<Tensor> cols,
+                   const Tensor& tiles, const Tensor& local, std::vector<int64_t> tile) {
+  check_masked_grad_operands(grad_out, input, rows, cols, tiles, local, tile);
+  const Worklist work = worklist_of(grad_out, input, rows, cols, tiles, local, tile);
+  Tensor out = torch::stable::new_empty(grad_out, {local.numel()}, wide_type(grad_out.scalar_type()));
+  if (!lists_all(work)) torch::stable::zero_(out);
+  gradient_into(out, grad_out, input, work, /*accumulate=*/false);
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sparseft_cpu, CPU, m) {
-  m.impl("masked_grad_", TORCH_BOX(&masked_grad));
+  m.impl("masked_grad_", TORCH_BOX(&masked_grad_));
+  m.impl("masked_grad", TORCH_BOX(&masked_grad));
 }
 
 }  // namespace sparseft
