@@ -162,14 +162,15 @@ def has_cpu_library() -> bool:
 
 
 def runs_on_cpu_library(x: torch.Tensor) -> bool:
-    """Whether the compiled CPU library computes elementwise on `x` (and others of its dtype): fp32 or bf16, outside of
-    a trace."""
+    """Whether the compiled CPU library may be called directly for `x`: fp32 or bf16, and nobody who traces or watches
+    would miss the operations that are called otherwise."""
     return (
-        x.is_cpu
+        not torch.compiler.is_compiling()
+        and x.is_cpu
         and x.dtype in (torch.float32, torch.bfloat16)
         and type(x) in (torch.Tensor, torch.nn.Parameter)
         and has_cpu_library()
-        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparseft import backend
-from sparseft.pattern import Layout, Pattern
+from sparseft.pattern import Layout, Pattern, matrix_shape
 from sparseft.reference import COL0, ENTRY0, ENTRY1, ROW0
 
 # (an argument named "mode" would collide with one inside torch.compile: hence write_mode)
@@ -56,7 +56,7 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def eager_masked_grad(grad_out, input, rows, cols, tiles, local, tile):
-    """What `torch.ops.sparseft.masked_grad` computes, without the way through the dispatcher and without autograd."""
+    """What `torch.ops.sparseft.masked_grad` computes, without its way through Python and without autograd."""
     if backend.runs_on_cpu_library(grad_out):
         return torch.ops.sparseft_cpu.masked_grad.default(grad_out, input, rows, cols, tiles, local, tile)
     out = grad_out.new_zeros(local.shape, dtype=_accumulator(grad_out.dtype))
@@ -197,8 +197,7 @@ def scatter_delta_(
     if mode not in ("add", "copy", "swap"):
         raise ValueError(f"mode must be 'add', 'copy' or 'swap', got {mode!r}")
     _expect_some(weights)
-    matrices = _matrices(weights)
-    if isinstance(pattern, Pattern) and (len(weights) != 1 or matrices[0].shape != pattern.shape):
+    if isinstance(pattern, Pattern) and (len(weights) != 1 or matrix_shape(weights[0].shape) != pattern.shape):
         raise _unfit("weight", f"one of shape {pattern.shape}", [tuple(w.shape) for w in weights])
 
     def check():
@@ -208,7 +207,7 @@ def scatter_delta_(
         _expect_vector("values", values, len(layout.local), dtypes, weights[0])
 
     _refuse_autograd("scatter_delta_", *weights, values)
-    _call("scatter_delta_", weights[0], (matrices, values, *layout, mode, float(alpha)), check)
+    _call("scatter_delta_", weights[0], (_matrices(weights), values, *layout, mode, float(alpha)), check)
     _bump(*weights, *([values] if mode == "swap" else []))
 
 
@@ -325,12 +324,13 @@ def _call(name: str, first: Tensor, args: tuple, check: Callable[[], None]):
     if not backend.runs_on_cpu_library(first):
         check()
         return getattr(torch.ops.sparseft, name)(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        try:
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
             return getattr(torch.ops.sparseft_cpu, name).default(*args)
-        except RuntimeError:
-            check()
-            raise
+    except RuntimeError as error:
+        refusal = error
+    check()
+    raise refusal
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------

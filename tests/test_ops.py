@@ -9,6 +9,8 @@ import re
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from sparseft import backend, ops
 from sparseft.pattern import Layout, Pattern, pack
@@ -211,6 +213,16 @@ def test_masked_grad_of_several_at_once(served_by):
     assert torch.equal(torch.vmap(lambda a, b: ops.masked_grad(a, b, p))(g, x), expected)
 
 
+def test_who_traces_sees_the_public_operations():
+    """Not the CPU library's: a graph must run where that is not."""
+    p, g, x = pattern(), torch.randn(T, N), torch.randn(T, K)
+    graph = make_fx(lambda g, x: ops.masked_grad(g, x, p))(g, x)
+    called = {node.target for node in graph.graph.nodes if node.op == "call_function"}
+    assert RAW.masked_grad.default in called and torch.equal(graph(g, x), ops.masked_grad(g, x, p))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert ops.masked_grad(g, x, p).shape == (len(p),)
+
+
 def in_place(name: str):
     """A call of each in-place function and the tensors that it writes."""
     weights, layout = layers()
@@ -396,6 +408,11 @@ ERRORS = {
         scatter(weight=torch.zeros(K, N)),
         ValueError,
         "weight must be one of shape (11, 13), got [(13, 11)]",
+    ),
+    "weight strides in 3-D": (
+        scatter(weight=torch.zeros(N, 1, 2 * K)[..., ::2]),
+        ValueError,
+        "weight must be contiguous",
     ),
     "two weights": (scatter(weight=[torch.zeros(N, K)] * 2), ValueError, "weight must be one of shape (11, 13), got"),
     "weight strides": (

@@ -91,7 +91,7 @@ class Pieces {
 template <typename T, typename F>
 void for_each_piece(const Worklist& work, const std::vector<T*>& weights, const std::vector<Shape>& shapes, int64_t few,
                     const F& f) {
-  // Tiles that a thread takes at a time: some 50 microseconds. Equal shares, given out before, would wait for the
+  // Tiles that a thread takes at a time: 50 microseconds at most. Equal shares, given out before, would wait for the
   // thread whose core or memory was slower.
   const int64_t batch = 1 + work.size * (1 << 14) / std::max<int64_t>(1, work.entries);
   Phases phases({{work.size, batch}});
