@@ -3,10 +3,11 @@
     python -m bench.finetune                                        # everything (about half an hour)
     python -m bench.finetune --providers frozen tiles10 --dtypes bf16 --rounds 1 --append
 
-Each provider runs in fresh processes, alternating with the others: those that a bound compares in every round, the
-rest in the first. A process loads the model, resets the kernel's
-high-water mark, trains, and reports its medians; it first shows that it computes the right thing (`gate`). Figures are
-ratios inside one round, their median over the rounds. Writes bench/results/finetune.csv; exits 1 if a bound is short.
+Each provider has a fresh process in each round (those that no bound compares: in the first round only). It loads the
+model, resets the kernel's high-water mark, shows that it computes the right thing (`gate`), and reports its medians.
+The processes of a round are there together and take turns, a step each, so that what slows the machine slows all of
+them. Figures are ratios inside one round, their median over the rounds. Writes bench/results/finetune.csv; exits 1 if
+a bound is short.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,13 @@ BOUNDS = [
 # ---- inside a provider's process ------------------------------------------------------------------------------
 
 
-def measure(name: str, model: nn.Module, data: dict[str, torch.Tensor], patterns: Path, steps: int) -> dict:
+def measure(
+    name: str, model: nn.Module, data: dict[str, torch.Tensor], patterns: Path, steps: int,
+    wait: Callable[[], None] = lambda: None,
+) -> dict:  # fmt: skip
     """Medians over `steps` steps (ms, wall and CPU), the peak (MB = 1e6 bytes over the loaded model), and what the
-    gate looks at: the first loss and the norm of the gradient at the embedding's output."""
+    gate looks at: the first loss and the norm of the gradient at the embedding's output. `wait` is called before each
+    of the steps."""
     model(input_ids=data["input_ids"][:1, :8])  # kernels' own buffers, threads
     untouched = _sample(model)
     loaded = forget_peak()
@@ -84,6 +89,8 @@ def measure(name: str, model: nn.Module, data: dict[str, torch.Tensor], patterns
     losses: list[float] = []
     times: list[tuple[float, float, float, float]] = []
     for step in range(steps + 2):  # the first two warm up
+        if step >= 2:
+            wait()
         marks, cpu = [time.perf_counter()], time.process_time()
         loss = model(**data).loss
         marks.append(time.perf_counter())
@@ -133,15 +140,61 @@ def only_selected_changed(model: nn.Module, before: dict[str, torch.Tensor], pat
 # ---- the processes' parent ------------------------------------------------------------------------------------
 
 
-def child(work: str, model: str, dtype: str, options: argparse.Namespace, patterns: Path) -> dict[str, Any]:
-    sizes = ["--rows", str(options.rows), "--tokens", str(options.tokens), "--steps", str(options.steps)]
-    command = [sys.executable, "-m", "bench.finetune", "--child", work, "--models", model, "--dtypes", dtype,
-               "--patterns", str(patterns), *sizes]  # fmt: skip
-    quiet = {"TOKENIZERS_PARALLELISM": "0", "OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **quiet})
-    if done.returncode:
-        sys.exit(f"{work} ({model}, {dtype}) failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+class Process:
+    """A process of this module, for one provider: `work` is its name, or "select" and its name."""
+
+    def __init__(self, work: str, model: str, dtype: str, options: argparse.Namespace, patterns: Path):
+        sizes = ["--rows", str(options.rows), "--tokens", str(options.tokens), "--steps", str(options.steps)]
+        command = [sys.executable, "-m", "bench.finetune", "--child", work, "--models", model, "--dtypes", dtype,
+                   "--patterns", str(patterns), *sizes]  # fmt: skip
+        quiet = {"TOKENIZERS_PARALLELISM": "0", "OMP_WAIT_POLICY": "passive"}
+        self.about = f"{work} ({model}, {dtype})"
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
+                                        text=True, bufsize=1, env={**os.environ, **quiet})  # fmt: skip
+
+    def listen(self) -> str:
+        """Its next line."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.errors.seek(0)
+            sys.exit(f"{self.about} failed:\n{self.errors.read()[-3000:]}")
+        return line
+
+    def take_turn(self) -> str:
+        """Let it make a step; its line afterwards."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        return self.listen()
+
+    def end(self) -> None:
+        """After its last line: wait until its memory is free."""
+        self.process.communicate()
+
+
+def wait_for_turn() -> None:
+    """In a provider's process: say that it waits, and wait. Without a parent there are no more turns."""
+    print("waiting", flush=True)
+    if not sys.stdin.readline():
+        sys.exit("the benchmark has ended")
+
+
+def together(
+    names: Sequence[str], model: str, dtype: str, options: argparse.Namespace, patterns: Path
+) -> dict[str, dict[str, Any]]:
+    """What providers report that take turns."""
+    processes = {}
+    for name in names:
+        processes[name] = Process(name, model, dtype, options, patterns)
+        processes[name].listen()  # one after the other: loading and the first steps want the whole machine
+    last: dict[str, str] = {}
+    for _ in range(options.steps):
+        for name, process in processes.items():
+            last[name] = process.take_turn()
+    for process in processes.values():
+        process.end()
+    return {name: json.loads(line) for name, line in last.items()}
 
 
 def run_child(options: argparse.Namespace) -> None:
@@ -155,7 +208,7 @@ def run_child(options: argparse.Namespace) -> None:
     else:
         loaded = load(model, dtype)
         data = batch(loaded, options.rows, options.tokens)
-        print(json.dumps(measure(provider.name, loaded, data, where, options.steps)))
+        print(json.dumps(measure(provider.name, loaded, data, where, options.steps, wait_for_turn)))
 
 
 def gate(results: dict[str, dict[str, Any]], dtype: str) -> None:
@@ -171,17 +224,19 @@ def gate(results: dict[str, dict[str, Any]], dtype: str) -> None:
             sys.exit(f"{name} does not learn: loss {result['first_loss']} -> {result['last_loss']}: no figures")
 
 
-def taking_part(number: int, model: str, providers: Sequence[str]) -> list[str]:
-    """The providers of a round."""
+def sittings(number: int, model: str, providers: Sequence[str]) -> list[list[str]]:
+    """The providers of a round, those that fit into memory together: what a bound compares, and, first, the rest."""
     compared = {name for bound in BOUNDS for name in (bound.provider, bound.against)}
-    return [name for name in providers if number == 0 or (model == BOUNDED_MODEL and name in compared)]
+    groups = [[name for name in providers if name in compared], [name for name in providers if name not in compared]]
+    later = groups[:1] if model == BOUNDED_MODEL else []
+    return [group for group in (groups if number == 0 else later) if group]
 
 
 FIGURES = ("forward_ms", "backward_ms", "optimizer_ms", "step_ms", "cpu_ms", "peak_mb", "model_mb", "trained")
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each process, as it ends."""
+    """One row for each process."""
     started = time.strftime("%Y-%m-%dT%H:%M:%S")
     machine = describe()
     rows = []
@@ -191,12 +246,15 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 patterns = Path(options.patterns or scratch) / f"{model}-{dtype}"
                 for name in options.providers:
                     if PROVIDERS[name].selection is not None and not (patterns / name).exists():
-                        child(f"select {name}", model, dtype, options, patterns)
+                        selecting = Process(f"select {name}", model, dtype, options, patterns)
+                        selecting.listen()
+                        selecting.end()
                 for number in range(options.rounds):
-                    results = {}
-                    for name in taking_part(number, model, options.providers):
-                        results[name] = child(name, model, dtype, options, patterns)
-                        step, peak = results[name]["step_ms"], results[name]["peak_mb"]
+                    results: dict[str, dict[str, Any]] = {}
+                    for group in sittings(number, model, options.providers):
+                        results |= together(group, model, dtype, options, patterns)
+                    for name, result in results.items():
+                        step, peak = result["step_ms"], result["peak_mb"]
                         print(f"{model} {dtype} round {number} {name:12} {step:7.0f} ms {peak:7.0f} MB", flush=True)
                     if results:
                         gate(results, dtype)
