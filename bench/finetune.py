@@ -149,7 +149,7 @@ class Process:
                    "--patterns", str(patterns), *sizes]  # fmt: skip
         quiet = {"TOKENIZERS_PARALLELISM": "0", "OMP_WAIT_POLICY": "passive"}
         self.about = f"{work} ({model}, {dtype})"
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open until `end`)
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
                                         text=True, bufsize=1, env={**os.environ, **quiet})  # fmt: skip
 
@@ -171,6 +171,7 @@ class Process:
     def end(self) -> None:
         """After its last line: wait until its memory is free."""
         self.process.communicate()
+        self.errors.close()
 
 
 def wait_for_turn() -> None:
