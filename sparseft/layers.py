@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from sparseft.attention import lean_attention, plain_attention
 from sparseft.embeddings import MaskedEmbedding, trains_by_rows
 from sparseft.gated import lean_mlps
 from sparseft.lean import Lean, restore
@@ -212,6 +213,7 @@ def sparsify(model: nn.Module, patterns: dict[str, Pattern]) -> nn.Module:
     model.zero_grad()  # a dense gradient left from before has no further use
     lean_norms(model)
     lean_mlps(model)
+    lean_attention(model)
     _attach_all(model, prepared, users)
     model._sparseft_flags = flags
     return wrapped
@@ -331,6 +333,7 @@ def densify(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Lean):
             restore(module)
+    plain_attention(model)
     model.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
     for name, flag in model.__dict__.pop("_sparseft_flags", {}).items():
         model.get_parameter(name).requires_grad_(flag)
