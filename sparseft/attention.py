@@ -95,6 +95,8 @@ def attention(
     if dropout or others or not _fits(module, query, key, value, attention_mask, causal):
         return _plain(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                       is_causal=is_causal, **kwargs)  # fmt: skip
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
     out = Attention.apply(query, key, value, attention_mask, causal, scaling)
     return out.transpose(1, 2).contiguous(), None
 
@@ -114,8 +116,10 @@ def _fits(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Te
         return False
     if not (query.numel() and key.numel() and size <= LARGEST) or (causal and queries != keys):
         return False
-    dtypes = {t.dtype for t in tensors}
-    if len(dtypes) > 1 or (torch.is_autocast_enabled("cpu") and dtypes != {torch.get_autocast_dtype("cpu")}):
+    if torch.is_autocast_enabled("cpu"):  # it gives all three its dtype
+        if torch.get_autocast_dtype("cpu") != torch.bfloat16:
+            return False
+    elif not query.dtype == key.dtype == value.dtype:
         return False
     if any(t.stride(-1) != 1 for t in tensors):
         return False

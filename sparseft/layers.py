@@ -24,6 +24,7 @@ from sparseft.attention import lean_attention, plain_attention
 from sparseft.embeddings import MaskedEmbedding, trains_by_rows
 from sparseft.gated import lean_mlps
 from sparseft.lean import Lean, restore
+from sparseft.loss import lean_loss, plain_loss
 from sparseft.norms import LeanRMSNorm, lean_norms
 from sparseft.ops import eager_masked_grad, scatter_delta_
 from sparseft.pattern import TENSORS, Pattern, matrix_shape
@@ -214,6 +215,7 @@ def sparsify(model: nn.Module, patterns: dict[str, Pattern]) -> nn.Module:
     lean_norms(model)
     lean_mlps(model)
     lean_attention(model)
+    lean_loss(model)
     _attach_all(model, prepared, users)
     model._sparseft_flags = flags
     return wrapped
@@ -334,6 +336,7 @@ def densify(model: nn.Module) -> nn.Module:
         if isinstance(module, Lean):
             restore(module)
     plain_attention(model)
+    plain_loss(model)
     model.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
     for name, flag in model.__dict__.pop("_sparseft_flags", {}).items():
         model.get_parameter(name).requires_grad_(flag)
