@@ -12,6 +12,10 @@ import torch
 from torch import nn
 
 import sparseft
+from sparseft.attention import lean_attention, plain_attention
+from sparseft.gated import lean_mlps
+from sparseft.loss import lean_loss, plain_loss
+from sparseft.norms import lean_norms
 
 RATE = 1e-3
 TILES = {"tiles5": 0.05, "tiles10": 0.10, "tiles20": 0.20, "unstructured": 1.0}  # provider -> tile_budget
@@ -38,6 +42,14 @@ def _frozen(model: nn.Module, patterns: Path) -> torch.optim.Optimizer:
     model.model.norm.weight.requires_grad_(True)
     model.get_input_embeddings().register_forward_hook(lambda *io: io[2].requires_grad_())  # ... all the way down
     return torch.optim.AdamW([model.model.norm.weight], lr=RATE, fused=True)
+
+
+def _lean_frozen(model: nn.Module, patterns: Path) -> torch.optim.Optimizer:
+    lean_norms(model)
+    lean_mlps(model)
+    lean_attention(model)
+    lean_loss(model)
+    return _frozen(model, patterns)
 
 
 def _peft(config: Callable[[], Any]) -> Callable[[nn.Module, Path], torch.optim.Optimizer]:
@@ -79,6 +91,13 @@ def _sparse(model: nn.Module, patterns: Path) -> torch.optim.Optimizer:
     return sparseft.SparseAdamW(model, lr=RATE)
 
 
+def _sparse_alone(model: nn.Module, patterns: Path) -> torch.optim.Optimizer:
+    optimizer = _sparse(model, patterns)
+    plain_attention(model)
+    plain_loss(model)
+    return optimizer
+
+
 PROVIDERS = {
     provider.name: provider
     for provider in [
@@ -98,6 +117,8 @@ PROVIDERS = {
             _sparse,
             {"tile_budget": 0.10, "train_norms": False, "train_targets": False},
         ),
+        Provider("alone10", "tiles10, but attention and loss are torch's", _sparse_alone, {"tile_budget": 0.10}),
+        Provider("leanfloor", "the floor with sparseft's norms, MLPs, attention and loss", _lean_frozen),
         Provider("columns", "sparseft, 1 %, whole columns", _sparse, {"structure": "columns"}),
     ]
 }

@@ -37,10 +37,10 @@ class Oracle:
         self.logsumexp = scores.logsumexp(-1)
         p = (scores - self.logsumexp[..., None]).exp().nan_to_num() * seen
         self.out = p @ value
-        self._parts = grad, query, key, value, seen, scale, group, p
+        self._parts = grad, query, key, value, scale, group, p
 
     def check(self, found: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> None:
-        grad, query, key, value, seen, scale, group, p = self._parts
+        grad, query, key, value, scale, group, p = self._parts
         size, rounding = query.shape[-1], torch.finfo(dtype).eps
         ds = p * (grad @ value.mT - (grad * self.out).sum(-1, keepdim=True)) * scale
         # a score is a sum of `size` products; it, its row's sum of exponentials and e^x are rounded
