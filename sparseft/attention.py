@@ -2,7 +2,7 @@
 
 torch's own backward pass of `scaled_dot_product_attention` on the CPU multiplies blocks by a general routine that is
 slow in bf16. `lean_attention` lets the attention layers of a model use `Attention` instead, where `transformers` would
-call torch's function ("sdpa"): the forward pass is torch's, bit for bit, and so is what is saved.
+call torch's function ("sdpa"): the forward pass is torch's, bit for bit, and no more than there is saved.
 """
 
 import sys
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from sparseft import backend
 
@@ -21,37 +20,46 @@ LARGEST = 1024  # numbers of a head that the kernel takes
 
 class Attention(torch.autograd.Function):
     """softmax(query key^T scale) value: query [B, H, T, D], key and value [B, H / any, S, D], mask bool, broadcast to
-    [B, H, T, S], or None; `causal`: query i sees keys 0 to i. Has no second derivative."""
+    [B, H, T, S], or None; `causal`: query i sees keys 0 to i. Has no second derivative, as torch's."""
 
     @staticmethod
     def forward(ctx, query, key, value, mask, causal, scale):
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        bias = None if mask is None else torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
         out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, causal, attn_mask=bias, scale=scale
+            query, key, value, 0.0, causal, attn_mask=_bias(mask, query.dtype), scale=scale
         )
         ctx.save_for_backward(query, key, value, out, logsumexp, mask)
         ctx.causal, ctx.scale = causal, scale
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out):
         query, key, value, out, logsumexp, mask = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: torch's gradients, which raise when they are differentiated
+            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad_out, query, key, value, out, logsumexp, 0.0, ctx.causal,
+                attn_mask=_bias(mask, query.dtype), scale=ctx.scale,
+            )  # fmt: skip
+            return *grads, None, None, None
         if mask is not None:
             mask = mask.expand(*query.shape[:3], key.shape[2])
         if grad_out.stride(-1) != 1:
-            grad_out = grad_out.contiguous()
+            grad_out = grad_out.clone(memory_format=torch.contiguous_format)
         grads = torch.ops.sparseft_cpu.attention_backward(
             grad_out, query, key, value, out, logsumexp, mask, ctx.causal, ctx.scale
         )
         return *(grad.transpose(1, 2) for grad in grads), None, None, None
 
 
+def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """As torch turns a bool mask into what is added to the scores."""
+    return None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+
+
 def lean_attention(model: nn.Module) -> None:
     """Let the attention layers in `model` that go through `transformers`' interface compute with `Attention`."""
     layers = [module for module in model.modules() if type(module).__name__.endswith("Attention")]
-    if layers and _install():
+    if layers and install():
         for layer in layers:
             setattr(layer, MARK, True)
 
@@ -65,15 +73,19 @@ def plain_attention(model: nn.Module) -> None:
 _plain: Callable[..., tuple[Tensor, None]] | None = None  # transformers' own function
 
 
-def _install() -> bool:
-    """Stand in front of `transformers`' "sdpa" function, for layers with the mark; False without transformers."""
+def install() -> bool:
+    """Stand in front of `transformers`' "sdpa" function, for layers with the mark; False without transformers, or where
+    somebody has registered another function."""
     global _plain
-    if _plain is None and "transformers" in sys.modules:
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+    if "transformers" not in sys.modules:
+        return False
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-        _plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward:
+        _plain = sdpa_attention_forward
         AttentionInterface.register("sdpa", attention)
-    return _plain is not None
+    return ALL_ATTENTION_FUNCTIONS["sdpa"] is attention
 
 
 def attention(
@@ -126,4 +138,4 @@ def _fits(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Te
     if mask is None:
         return True
     sizes = zip(mask.shape, (batch, heads, queries, keys), strict=False)
-    return mask.dtype == torch.bool and mask.dim() == 4 and all(there in (1, size) for there, size in sizes)
+    return mask.dtype == torch.bool and mask.dim() == 4 and all(one in (1, whole) for one, whole in sizes)

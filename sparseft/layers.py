@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from sparseft.attention import lean_attention, plain_attention
+from sparseft.attention import install, lean_attention, plain_attention
 from sparseft.embeddings import MaskedEmbedding, trains_by_rows
 from sparseft.gated import lean_mlps
 from sparseft.lean import Lean, restore
@@ -132,6 +132,7 @@ class _Swapped(nn.Module):
         super().__setstate__(state)
         if hasattr(self, "_sparseft"):  # a tied layer's leaf belongs to the embedding
             bind(self, "weight")  # a copied or unpickled leaf has lost its attributes
+            install()  # in a new process nobody has
 
     def extra_repr(self) -> str:
         shape = self.weight.shape

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sparseft import backend
@@ -19,7 +18,7 @@ from sparseft import backend
 
 class CrossEntropy(torch.autograd.Function):
     """Each row's cross-entropy: logits [N, C] fp32 or bf16, labels int64 [N] -> fp32 [N], 0 where the label is
-    `ignored`. Has no second derivative."""
+    `ignored`."""
 
     @staticmethod
     def forward(ctx, logits, labels, ignored):
@@ -29,23 +28,27 @@ class CrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_losses):
         logits, labels, logsumexp = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: somebody wants to differentiate the gradient
+            losses = F.cross_entropy(logits.float(), labels, ignore_index=ctx.ignored, reduction="none")
+            return *torch.autograd.grad(losses, logits, grad_losses, create_graph=True), None, None
         grads = grad_losses.contiguous(), logits, labels, logsumexp
         return torch.ops.sparseft_cpu.cross_entropy_backward(*grads, ctx.ignored), None, None
 
 
 def lean_loss(model: nn.Module) -> None:
-    """Let a model of `transformers` whose loss is its ForCausalLMLoss compute that with `CrossEntropy`."""
-    if _has_plain_loss(model):
-        model.loss_function = causal_lm_loss
+    """Let the models of `transformers` in `model` whose loss is ForCausalLMLoss compute it with `CrossEntropy`."""
+    for module in model.modules():
+        if _has_plain_loss(module):
+            module.loss_function = causal_lm_loss
 
 
 def plain_loss(model: nn.Module) -> None:
     """Undo `lean_loss`."""
-    if model.__dict__.get("_loss_function") is causal_lm_loss:
-        del model._loss_function
+    for module in model.modules():
+        if module.__dict__.get("_loss_function") is causal_lm_loss:
+            del module._loss_function
 
 
 def _has_plain_loss(model: nn.Module) -> bool:
@@ -54,9 +57,11 @@ def _has_plain_loss(model: nn.Module) -> bool:
     from transformers import PreTrainedModel
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-    own = isinstance(model, PreTrainedModel) and "_loss_function" not in model.__dict__
-    kind = getattr(model, "loss_type", None) if own else None
-    return kind is not None and LOSS_MAPPING.get(kind) is ForCausalLMLoss
+    if not isinstance(model, PreTrainedModel) or hasattr(model, "_loss_function"):
+        return False
+    inherited = type(model).loss_function is PreTrainedModel.loss_function
+    # a model without a known type of loss gets this one
+    return inherited and LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss) is ForCausalLMLoss
 
 
 def causal_lm_loss(
@@ -86,5 +91,6 @@ def causal_lm_loss(
 
 
 def _fits(logits: Tensor, target: Tensor, vocab_size: int) -> bool:
-    same = target.is_cpu and target.dtype == torch.int64 and target.numel() * vocab_size == logits.numel()
-    return same and logits.shape[-1] == vocab_size and backend.runs_on_cpu_library(logits)
+    if not backend.runs_on_cpu_library(logits) or not target.is_cpu or target.dtype != torch.int64:
+        return False
+    return logits.shape[-1] == vocab_size and target.numel() * vocab_size == logits.numel()

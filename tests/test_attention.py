@@ -1,7 +1,10 @@
 """Attention's backward pass on the CPU: exact gradients, the plain layer's bits forward, only where it is asked for."""
 
 import copy
+import math
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from sparseft import Pattern, attention, backend, densify, sparsify
 from sparseft.attention import Attention
@@ -46,7 +51,7 @@ class Oracle:
         # a score is a sum of `size` products; it, its row's sum of exponentials and e^x are rounded
         in_score = (size + 2) * EPS * scale * (query.abs() @ key.abs().mT)
         known = self.logsumexp.masked_fill(self.logsumexp.isinf(), 0.0).abs()[..., None]
-        in_p = p * (in_score + 2 * EPS * known + 4 * EPS)
+        in_p = p * (in_score + 2 * EPS * known + 4 * EPS) + math.exp(-87)  # what is smaller counts as that
         along = (grad.abs() * self.out.abs()).sum(-1, keepdim=True)
         sizes = grad.abs() @ value.abs().mT + along
         in_ds = in_p * sizes * scale + p * scale * ((size + 4) * EPS * sizes + rounding * along)  # out has been rounded
@@ -80,13 +85,23 @@ def test_the_gradients_are_exact(batch, key_heads, group, queries, keys, size, w
     seen = torch.ones(queries, keys, dtype=torch.bool)
     if which == "causal":
         seen = seen.tril()
-    if which == "mask":
-        seen = torch.rand(batch, 1, queries, keys) < 0.5  # some queries see nothing
+    if which == "mask":  # some queries see nothing; it broadcasts along any dimensions
+        whole = batch, key_heads * group, queries, keys
+        seen = torch.rand([n if torch.rand(()) < 0.7 else 1 for n in whole]) < 0.5
     oracle = Oracle(grad, query, key, value, seen, scale := size**-0.5)
     mask = seen.expand(*query.shape[:3], keys) if which == "mask" else None
     out, logsumexp = oracle.out.to(dtype), oracle.logsumexp.float()
     found = backward(grad, query, key, value, out, logsumexp, mask, which == "causal", scale)
     oracle.check(found, dtype)
+
+
+@needs_library
+@pytest.mark.parametrize("scale", [10.0, 1e3])
+def test_large_scores(scale):
+    query, key, value, grad = (heads(1, 2, 40, 8, torch.float32) for _ in range(4))
+    oracle = Oracle(grad, query, key, value, torch.ones(40, 40, dtype=torch.bool).tril(), scale)
+    found = backward(grad, query, key, value, oracle.out.float(), oracle.logsumexp.float(), None, True, scale)
+    oracle.check(found, torch.float32)
 
 
 @needs_library
@@ -128,6 +143,7 @@ def test_the_kernel_refuses_what_it_cannot_read():
     backward(**good)
     refused = [
         ({"query": q[0]}, "query and key must be"),
+        ({"query": q[:, :0], "grad": q[:, :0], "out": q[:, :0], "logsumexp": sums[:, :0]}, "0 heads cannot share"),
         ({"key": heads(2, 3, 5, 8, torch.float32)}, "cannot share"),
         ({"value": k[:, :, :4]}, "value must be"),
         ({"grad": q[:1]}, "grad_out must be"),
@@ -164,6 +180,17 @@ def test_forward_is_torchs_bit_for_bit_and_backward_exact(which, dtype):
     seen = seen.tril() if which == "causal" else seen
     oracle = Oracle(*(t.detach() for t in (grad, query, key, value)), seen, 0.25)
     oracle.check(tuple(g.transpose(1, 2) for g in found), dtype)
+
+
+@needs_library
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 2, 5, 1), (2, 1, 1, 7)])
+def test_gradients_of_any_strides(shape):
+    tensors = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+    for grad in (torch.ones(()).expand(shape), torch.randn(*shape[:2], shape[3], shape[2]).mT):
+        out = Attention.apply(*tensors, None, True, None)
+        found = torch.autograd.grad(out, tensors, grad)
+        oracle = Oracle(grad, *(t.detach() for t in tensors), torch.ones(shape[2:3] * 2).tril() > 0, shape[3] ** -0.5)
+        oracle.check(tuple(g.transpose(1, 2) for g in found), torch.float32)
 
 
 # ---- in a model -----------------------------------------------------------------------------------------------------
@@ -248,6 +275,56 @@ def test_it_is_left_alone_where_somebody_wants_something_else(calls):
     with backend.forced("reference"):
         loss_of()
     assert not calls
+
+
+@needs_library
+def test_a_gradient_of_gradients_raises_as_torchs():
+    tensors = [torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3)]
+    for compute in (lambda *t: Attention.apply(*t, None, True, None), lambda *t: F.scaled_dot_product_attention(*t)):
+        found = torch.autograd.grad(compute(*tensors).square().sum(), tensors, create_graph=True)
+        with pytest.raises(RuntimeError, match="derivative"):
+            sum(g.square().sum() for g in found).backward()
+
+
+@needs_library
+def test_somebody_elses_function_stays(monkeypatch, calls):
+    def doubled(*arguments, **kwargs):
+        out, weights = sdpa_attention_forward(*arguments, **kwargs)
+        return 2 * out, weights
+
+    plain = tiny.llama()
+    ids = torch.randint(4, 50, (1, 8))
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", doubled)
+    want = plain(input_ids=ids).logits
+    assert torch.equal(sparse(plain)(input_ids=ids).logits, want)
+    assert not calls
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is doubled
+
+
+@needs_library
+def test_it_compiles_whole():
+    model = sparse(tiny.llama())
+    ids = torch.randint(4, 50, (1, 8))
+    loss = torch.compile(model, backend="aot_eager", fullgraph=True)(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(loss, model(input_ids=ids, labels=ids).loss, rtol=16 * EPS, atol=0.0)
+
+
+@needs_library
+def test_a_model_that_was_saved_has_it_in_a_new_process(tmp_path):
+    torch.save(sparse(tiny.llama()), tmp_path / "model.pt")
+    code = (
+        "import sys, torch\n"
+        "model = torch.load(sys.argv[1], weights_only=False)\n"
+        "from sparseft.attention import Attention\n"
+        "ids, apply, made = torch.arange(4, 12)[None], Attention.apply, []\n"
+        "Attention.apply = lambda *arguments: (made.append(1), apply(*arguments))[1]\n"
+        "model(input_ids=ids, labels=ids).loss.backward()\n"
+        "print(len(made))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "model.pt"], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split()[-1] == "2"
 
 
 @needs_library

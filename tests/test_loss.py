@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from sparseft import Pattern, backend, densify, sparsify
+from sparseft import Pattern, backend, densify, parameters, sparsify
 from sparseft.loss import CrossEntropy, causal_lm_loss, lean_loss, plain_loss
 from sparseft.models import DTYPES
 
@@ -175,11 +175,48 @@ def test_compiled_forced_and_fp64_models_compute_as_before(calls):
     assert not calls
 
 
+def test_gradients_of_gradients_are_torchs():
+    logits, labels = torch.randn(5, 9, requires_grad=True), torch.tensor([1, IGNORED, 8, 0, 4])
+    found = []
+    for compute in (
+        lambda: CrossEntropy.apply(logits, labels, IGNORED),
+        lambda: F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none"),
+    ):
+        (grad,) = torch.autograd.grad(compute().sum(), logits, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), logits)[0])
+    torch.testing.assert_close(*found)
+    # ... so that a sparse layer raises, as ever
+    model = sparse(tiny.llama())
+    ids = torch.randint(4, 50, (2, 8))
+    loss = model(input_ids=ids, labels=ids).loss
+    with pytest.raises(RuntimeError, match=r"twice|derivative"):
+        found = torch.autograd.grad(loss, parameters(model), create_graph=True)
+        (loss + sum(g.square().sum() for g in found)).backward()
+
+
+class OwnLoss(LlamaForCausalLM):
+    def loss_function(self, logits, labels, vocab_size, **kwargs):
+        return logits.sum()
+
+
+class OwnAttribute(LlamaForCausalLM):
+    _loss_function = staticmethod(lambda logits, labels, vocab_size, **kwargs: logits.sum())
+
+
+def test_a_model_inside_another_and_one_without_a_type_of_loss_have_it():
+    outer = nn.ModuleList([tiny.llama(), tiny.gpt2()])
+    lean_loss(outer)
+    assert [model.loss_function is causal_lm_loss for model in outer] == [True, True]
+    plain_loss(outer)
+    assert not any("_loss_function" in vars(module) for module in outer.modules())
+
+
 def test_other_losses_and_other_modules_stay():
     own = tiny.llama()
     own.loss_function = mine = lambda logits, labels, vocab_size, **kwargs: logits.sum()
+    subclasses = [kind(tiny.llama().config) for kind in (OwnLoss, OwnAttribute)]
     config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-    for model in (own, BertForMaskedLM(config), nn.Linear(2, 2)):
+    for model in (own, *subclasses, BertForMaskedLM(config), nn.Linear(2, 2)):
         before = dict(vars(model))
         lean_loss(model)
         assert vars(model) == before

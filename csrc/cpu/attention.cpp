@@ -2,12 +2,14 @@
 // what torch's forward pass keeps. The meaning: sparseft/attention.py.
 //
 // The algorithm is FlashAttention-2's (Dao, 2023, algorithm 2): probabilities are computed again from the rows' sums of
-// exponentials, a block of queries and keys at a time. Here all blocks of a head are in the second-level cache.
+// exponentials, a block of queries and keys at a time. The queries' blocks stay in a thread's caches while the keys
+// pass.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <memory>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "exponential.h"
@@ -24,7 +26,10 @@ constexpr int64_t kLargest = 1024;  // of a head's size
 template <typename T>
 struct Heads {
   explicit Heads(const Tensor& t)
-      : data(t.const_data_ptr<T>()), batch(t.stride(0)), head(t.stride(1)), token(t.stride(2)) {}
+      : data(t.const_data_ptr<T>()),
+        batch(t.stride(0)),
+        head(t.stride(1)),
+        token(t.stride(2)) {}
   SPARSEFT_INLINE const T* at(int64_t b, int64_t h, int64_t i) const { return data + b * batch + h * head + i * token; }
   const T* data;
   int64_t batch, head, token;  // strides
@@ -77,8 +82,7 @@ SPARSEFT_INLINE void multiply_add(float* c, int64_t ldc, Left a, const float* b,
             sum[r][v] += left[r * a.row + k * a.depth] * *reinterpret_cast<const Vector*>(right + v * lanes);
       }
       for (int64_t r = 0; r < kRows; ++r)
-        for (int64_t v = 0; v < vectors; ++v)
-          *reinterpret_cast<Vector*>(c + (m + r) * ldc + n + v * lanes) = sum[r][v];
+        for (int64_t v = 0; v < vectors; ++v) *reinterpret_cast<Vector*>(c + (m + r) * ldc + n + v * lanes) = sum[r][v];
     }
 }
 
@@ -287,8 +291,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, co
   STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4, op, ": query and key must be [batch, heads, tokens, size]");
   const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2), size = query.size(3);
   const int64_t key_heads = key.size(1), keys = key.size(2);
-  STD_TORCH_CHECK(key_heads >= 1 && heads % key_heads == 0, op, ": ", heads, " heads cannot share ", key_heads,
-                  " heads of keys");
+  STD_TORCH_CHECK(heads >= 1 && key_heads >= 1 && heads % key_heads == 0, op, ": ", heads, " heads cannot share ",
+                  key_heads, " heads of keys");
   STD_TORCH_CHECK(1 <= size && size <= kLargest, op, ": heads must have 1 to ", kLargest, " numbers, got ", size);
   STD_TORCH_CHECK(!causal || queries == keys, op, ": causal attention must have as many keys as queries, got ", keys,
                   " and ", queries);
@@ -299,9 +303,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, co
   check_heads(op, "value", value, query, key_heads, keys);
   check_dtype(op, "logsumexp", logsumexp, ScalarType::Float);
   check_device(op, "logsumexp", logsumexp, query);
-  STD_TORCH_CHECK(logsumexp.dim() == 3 && logsumexp.size(0) == batch && logsumexp.size(1) == heads &&
-                      logsumexp.size(2) == queries,
-                  op, ": logsumexp must be [", batch, ", ", heads, ", ", queries, "]");
+  STD_TORCH_CHECK(
+      logsumexp.dim() == 3 && logsumexp.size(0) == batch && logsumexp.size(1) == heads && logsumexp.size(2) == queries,
+      op, ": logsumexp must be [", batch, ", ", heads, ", ", queries, "]");
   if (mask) {
     check_dtype(op, "mask", *mask, ScalarType::Bool);
     check_device(op, "mask", *mask, query);

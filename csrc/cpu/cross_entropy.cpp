@@ -12,7 +12,7 @@
 namespace sparseft {
 namespace {
 
-constexpr int64_t kLanes = 16;    // partial sums in fp32
+constexpr int64_t kLanes = 16;   // partial sums in fp32
 constexpr int64_t kPart = 1024;  // numbers that they add up; totals are in fp64
 
 // The logarithm of the sum of e^x, over `count` >= 1 numbers.
@@ -46,20 +46,15 @@ SPARSEFT_CLONES void row_backward(const T* __restrict x, int64_t count, float lo
   for (int64_t i = 0; i < count; ++i) narrow(exponential(widen(x[i]) - logsumexp) * grad, grad_x[i]);
 }
 
-// Whether there is a label; throws unless it is one of `classes`.
-bool counts(const char* op, int64_t label, int64_t ignored, int64_t classes) {
-  if (label == ignored) return false;
-  STD_TORCH_CHECK(0 <= label && label < classes, op, ": labels must be ", ignored, " or 0 to ", classes - 1, ", got ",
-                  label);
-  return true;
-}
-
 void check(const char* op, const Tensor& logits, const Tensor& labels, int64_t ignored) {
   STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous() && logits.size(1) >= 1, op,
                   ": logits must be [rows, classes] and contiguous");
   check_vector(op, "labels", labels, ScalarType::Long, logits.size(0), logits);
   const int64_t* label = labels.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < labels.numel(); ++i) counts(op, label[i], ignored, logits.size(1));
+  const int64_t classes = logits.size(1);
+  for (int64_t i = 0; i < labels.numel(); ++i)
+    STD_TORCH_CHECK(label[i] == ignored || (0 <= label[i] && label[i] < classes), op, ": labels must be ", ignored,
+                    " or 0 to ", classes - 1, ", got ", label[i]);
 }
 
 std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& labels, int64_t ignored) {
