@@ -12,6 +12,7 @@ from bench.finetune import RESULTS
 SHOWN = {
     "frozen": "floor: no weight gradients", "columns": "sparseft, columns", "tiles5": "sparseft, tiles 5 %",
     "tiles10": "sparseft, tiles 10 %", "linear10": "..., linear layers only",
+    "alone10": "..., torch's attention and loss", "leanfloor": "the floor, lean",
     "tiles20": "sparseft, tiles 20 %", "unstructured": "sparseft, unstructured",
     "lora8": "LoRA r=8", "lora16": "LoRA r=16", "shira": "SHiRA", "supertuning": "Super-Tuning", "dense": "dense AdamW",
 }  # fmt: skip
