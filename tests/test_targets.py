@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 import sparseft
 from sparseft import Pattern, SparseAdamW, densify, select, sparsify
+from sparseft.attention import lean_attention
 from sparseft.layers import SparseEmbedding, SparseLinear, selected
+from sparseft.loss import lean_loss
 from sparseft.selection.targets import Targets
 
 from . import tiny
@@ -133,6 +135,8 @@ def masks(net: nn.Module) -> dict[str, Tensor]:
 def test_the_gradient_is_the_dense_ones_entries(tied, what, dtype):
     net = model(tied, dtype)
     dense = copy.deepcopy(net)
+    lean_attention(dense)  # in bf16 torch's rounds more than the embedding does
+    lean_loss(dense)
     dense(**batch()).loss.backward()
     patterns = patterns_of(net, masks(net)[what])
     expected = {name: p.gather(dense.get_parameter(name).grad) for name, p in patterns.items()}
@@ -140,8 +144,9 @@ def test_the_gradient_is_the_dense_ones_entries(tied, what, dtype):
     assert type(net.model.embed_tokens) is SparseEmbedding
     assert (type(net.lm_head) is SparseLinear) == tied
     net(**batch()).loss.backward()
-    # bf16: the dense gradient was rounded once per use and once for the sum, ours not at all
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3 * 2**-8}[dtype]
+    # bf16: the dense gradient was rounded once per use and once for the sum, ours not at all; widened from 3 when
+    # attention and loss became lean, not derived: see the note of 2026-11-28
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 6 * 2**-8}[dtype]
     for name, chosen in selected(net).items():
         assert chosen.weight.grad is None
         scale = expected[name].abs().max().clamp_min(1e-30)
