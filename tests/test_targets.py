@@ -140,13 +140,19 @@ def test_the_gradient_is_the_dense_ones_entries(tied, what, dtype):
     dense(**batch()).loss.backward()
     patterns = patterns_of(net, masks(net)[what])
     expected = {name: p.gather(dense.get_parameter(name).grad) for name, p in patterns.items()}
+    wide = copy.deepcopy(net).double()
+    wide(**batch()).loss.backward()
+    exact = {name: p.gather(wide.get_parameter(name).grad) for name, p in patterns.items()}
     sparsify(net, patterns)
     assert type(net.model.embed_tokens) is SparseEmbedding
     assert (type(net.lm_head) is SparseLinear) == tied
     net(**batch()).loss.backward()
-    # bf16: the dense gradient was rounded once per use and once for the sum, ours not at all; widened from 3 when
-    # attention and loss became lean, not derived: see the note of 2026-11-28
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 6 * 2**-8}[dtype]
+    # bf16: the dense gradient was rounded once per use and once for the sum, ours not at all; and what comes to the
+    # embedding went through other roundings in the layers: both are about as far from fp64
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3 * 2**-8}[dtype]
+    for name, wide in exact.items():
+        off = (expected[name].double() - wide).abs().max() / wide.abs().max().clamp_min(1e-30)
+        tolerance = max(tolerance, float(off)) if dtype == torch.bfloat16 else tolerance
     for name, chosen in selected(net).items():
         assert chosen.weight.grad is None
         scale = expected[name].abs().max().clamp_min(1e-30)
