@@ -3,25 +3,25 @@
     python -m bench.finetune                                        # everything (about half an hour)
     python -m bench.finetune --providers frozen tiles10 --dtypes bf16 --rounds 1 --append
 
-Each provider has a fresh process in each round (those that no bound compares: in the first round only). It loads the
-model, resets the kernel's high-water mark, shows that it computes the right thing (`gate`), and reports its medians.
-The processes of a round are there together and take turns, a step each, so that what slows the machine slows all of
-them. Figures are ratios inside one round, their median over the rounds. Writes bench/results/finetune.csv; exits 1 if
-a bound is short.
+Each provider has a fresh process in each round; those that no bound compares have one round, with dense fine-tuning.
+A process loads the model, resets the kernel's high-water mark, shows that it computes the right thing (`gate`), and
+reports its medians. The processes of a round are there together and take turns, a step each, so that what slows the
+machine slows all of them. Figures are ratios inside one round, their median over the rounds of this run. The bounds are
+SmolLM2's. Writes bench/results/finetune.csv after each round; exits 1 if a bound is short.
 """
 
 import argparse
+import contextlib
 import csv
 import itertools
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from bench.providers import PROVIDERS, batch, load, save_selection
 RESULTS = Path(__file__).parent / "results" / "finetune.csv"
 MODELS = ("smollm2", "llama-1b")
 DTYPES = ("fp32", "bf16")
+REFERENCE = "dense"  # the plot shows shares of it
 FLOORS = ("frozen", "leanfloor")  # they train one norm, which a step in bf16 may leave as it is
 
 
@@ -130,6 +131,7 @@ def only_selected_changed(model: nn.Module, before: dict[str, torch.Tensor], pat
     """The gate of sparse training: a step changes most selected entries, and no other."""
     from sparseft import Pattern
 
+    assert any((patterns / f"{name}.safetensors").exists() for name in before), "nothing is selected in this layer"
     for name, old in before.items():
         file = patterns / f"{name}.safetensors"
         mask = Pattern.load(file).to_mask() if file.exists() else torch.zeros_like(old, dtype=torch.bool)
@@ -141,6 +143,9 @@ def only_selected_changed(model: nn.Module, before: dict[str, torch.Tensor], pat
 # ---- the processes' parent ------------------------------------------------------------------------------------
 
 
+WAITING = "waiting\n"
+
+
 class Process:
     """A process of this module, for one provider: `work` is its name, or "select" and its name."""
 
@@ -149,25 +154,26 @@ class Process:
                  "--attention", options.attention]  # fmt: skip
         command = [sys.executable, "-m", "bench.finetune", "--child", work, "--models", model, "--dtypes", dtype,
                    "--patterns", str(patterns), *sizes]  # fmt: skip
-        quiet = {"TOKENIZERS_PARALLELISM": "0", "OMP_WAIT_POLICY": "passive"}
         self.about = f"{work} ({model}, {dtype})"
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open until `end`)
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
-                                        text=True, bufsize=1, env={**os.environ, **quiet})  # fmt: skip
+                                        text=True, bufsize=1)  # fmt: skip
 
     def listen(self) -> str:
         """Its next line."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
+            status = self.process.wait()
             self.errors.seek(0)
-            sys.exit(f"{self.about} failed:\n{self.errors.read()[-3000:]}")
+            sys.exit(f"{self.about} failed with exit status {status}:\n{self.errors.read()[-3000:]}")
         return line
 
     def take_turn(self) -> str:
         """Let it make a step; its line afterwards."""
         assert self.process.stdin is not None
-        self.process.stdin.write("\n")
+        with contextlib.suppress(BrokenPipeError):  # it is gone: `listen` says why
+            self.process.stdin.write("\n")
         return self.listen()
 
     def end(self) -> None:
@@ -178,7 +184,7 @@ class Process:
 
 def wait_for_turn() -> None:
     """In a provider's process: say that it waits, and wait. Without a parent there are no more turns."""
-    print("waiting", flush=True)
+    print(WAITING, end="", flush=True)
     if not sys.stdin.readline():
         sys.exit("the benchmark has ended")
 
@@ -187,10 +193,11 @@ def together(
     names: Sequence[str], model: str, dtype: str, options: argparse.Namespace, patterns: Path
 ) -> dict[str, dict[str, Any]]:
     """What providers report that take turns."""
-    processes = {}
+    processes: dict[str, Process] = {}
     for name in names:
         processes[name] = Process(name, model, dtype, options, patterns)
-        processes[name].listen()  # one after the other: loading and the first steps want the whole machine
+        said = processes[name].listen()  # one after the other: loading and the first steps want the whole machine
+        assert said == WAITING, f"{name} says {said!r} before its first turn"
     last: dict[str, str] = {}
     for _ in range(options.steps):
         for name, process in processes.items():
@@ -213,7 +220,8 @@ def run_child(options: argparse.Namespace) -> None:
         if provider.selection is None and provider.name != "leanfloor":
             loaded.set_attn_implementation(options.attention)
         data = batch(loaded, options.rows, options.tokens)
-        print(json.dumps(measure(provider.name, loaded, data, where, options.steps, wait_for_turn)))
+        print(json.dumps(measure(provider.name, loaded, data, where, options.steps, wait_for_turn)), flush=True)
+        sys.stdin.readline()  # nobody's last step is measured while another process gives its memory back
 
 
 def gate(results: dict[str, dict[str, Any]], dtype: str) -> None:
@@ -229,22 +237,25 @@ def gate(results: dict[str, dict[str, Any]], dtype: str) -> None:
             sys.exit(f"{name} does not learn: loss {result['first_loss']} -> {result['last_loss']}: no figures")
 
 
-def sittings(number: int, model: str, providers: Sequence[str]) -> list[list[str]]:
-    """The providers of a round, those that fit into memory together: what a bound compares, and, first, the rest."""
+def rounds_of(providers: Sequence[str], count: int, model: str) -> list[list[str]]:
+    """Who takes part in each round: `count` rounds (one, where there are no bounds) of what a bound compares, each
+    beginning with another, and one of the rest with the reference."""
     compared = {name for bound in BOUNDS for name in (bound.provider, bound.against)}
-    groups = [[name for name in providers if name in compared], [name for name in providers if name not in compared]]
-    later = groups[:1] if model == BOUNDED_MODEL else []
-    return [group for group in (groups if number == 0 else later) if group]
+    first = [name for name in providers if name in compared]
+    rest = [name for name in providers if name not in compared]
+    if rest and REFERENCE in providers:
+        rest.insert(0, REFERENCE)
+    turns = [[*first[i % len(first) :], *first[: i % len(first)]] for i in range(count)] if first else []
+    return [*(turns if model == BOUNDED_MODEL else turns[:1]), *([rest] if rest else [])]
 
 
 FIGURES = ("forward_ms", "backward_ms", "optimizer_ms", "step_ms", "cpu_ms", "peak_mb", "model_mb", "trained")
 
 
-def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each process."""
+def run(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each round, one for each process."""
     started = time.strftime("%Y-%m-%dT%H:%M:%S")
     machine = describe()
-    rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for model in options.models:
             for dtype in options.dtypes:
@@ -254,25 +265,22 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                         selecting = Process(f"select {name}", model, dtype, options, patterns)
                         selecting.listen()
                         selecting.end()
-                for number in range(options.rounds):
-                    results: dict[str, dict[str, Any]] = {}
-                    for group in sittings(number, model, options.providers):
-                        results |= together(group, model, dtype, options, patterns)
+                for number, names in enumerate(rounds_of(options.providers, options.rounds, model)):
+                    results = together(names, model, dtype, options, patterns)
+                    gate(results, dtype)
+                    rows = []
                     for name, result in results.items():
                         step, peak = result["step_ms"], result["peak_mb"]
                         print(f"{model} {dtype} round {number} {name:12} {step:7.0f} ms {peak:7.0f} MB", flush=True)
-                    if results:
-                        gate(results, dtype)
-                    for name, result in results.items():
                         figures = {figure: round(result[figure], 2) for figure in FIGURES}
                         where = {"run": started, "round": number, "model": model, "dtype": dtype, "rows": options.rows,
                                  "tokens": options.tokens, "provider": name}  # fmt: skip
                         rows.append({**where, **figures, **machine})
-    return rows
+                    yield rows
 
 
 def ratio(rows: Sequence[dict[str, Any]], bound: Bound, dtype: str, time_figure: str = "step_ms") -> float | None:
-    """The median over all rounds of one figure over another's, None if no round has both; `time_figure` is read for
+    """The median over rounds of one figure over another's, None if no round has both; `time_figure` is read for
     bounds on the step's time."""
     figure = time_figure if bound.figure == "step_ms" else bound.figure
     chosen = [row for row in rows if row["model"] == BOUNDED_MODEL and row["dtype"] == dtype]
@@ -286,31 +294,29 @@ def ratio(rows: Sequence[dict[str, Any]], bound: Bound, dtype: str, time_figure:
 
 
 def report(rows: Sequence[dict[str, Any]], time_figure: str) -> bool:
-    """Print every bound with its figure; whether all hold."""
+    """Print every bound with its figure; whether all hold that were measured."""
     short = False
     for bound in BOUNDS:
         for dtype, most in bound.most.items():
             figure = ratio(rows, bound, dtype, time_figure)
-            if figure is None:
-                continue
-            short |= figure > most
             measured = {"step_ms": time_figure}.get(bound.figure, bound.figure).partition("_")[0]
             what = f"{measured} {bound.provider} / {bound.against}, {dtype}"
+            if figure is None:
+                print(f"  {what:36} not measured")
+                continue
+            short |= figure > most
             print(f"  {what:36} {figure:6.3f} (<= {most}) {'ok' if figure <= most else 'short'}")
     return not short
 
 
-def written(rows: list[dict[str, Any]], append: bool) -> list[dict[str, Any]]:
-    """Write the results; all that are there now."""
-    if append and RESULTS.exists():
-        with RESULTS.open(newline="") as file:
-            rows = [*csv.DictReader(file), *rows]
+def write(rows: Sequence[dict[str, Any]]) -> None:
     RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
+    whole = RESULTS.with_suffix(".part")
+    with whole.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    return rows
+    whole.replace(RESULTS)
 
 
 def main() -> None:
@@ -334,9 +340,15 @@ def main() -> None:
     if options.child:
         run_child(options)
         return
-    rows = run(options)
-    if options.attention == "sdpa":
-        rows = written(rows, options.append)
+    former: list[dict[str, Any]] = []
+    if options.append and RESULTS.exists():
+        with RESULTS.open(newline="") as file:
+            former = list(csv.DictReader(file))
+    rows: list[dict[str, Any]] = []
+    for of_round in run(options):
+        rows += of_round
+        if options.attention == "sdpa":
+            write([*former, *rows])
     sys.exit(0 if report(rows, "cpu_ms" if options.cpu else "step_ms") else 1)
 
 

@@ -1,6 +1,6 @@
 """Who is measured: each provider makes a loaded model trainable and gives its optimizer.
 
-All train in the model's dtype without fp32 masters, but sparseft, which always keeps them: every rival at its lightest.
+All train in the model's dtype without fp32 masters, but sparseft, which always keeps them.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from torch import nn
 import sparseft
 from sparseft.attention import lean_attention, plain_attention
 from sparseft.gated import lean_mlps
+from sparseft.hugepages import collapse
 from sparseft.loss import lean_loss, plain_loss
 from sparseft.norms import lean_norms
 
@@ -128,14 +129,17 @@ def save_selection(
     model: nn.Module, batch: dict[str, torch.Tensor], selection: dict[str, Any], folder: Path, density: float = 0.01
 ) -> None:
     """Select a share of the linear weights and write their patterns to `folder`."""
+    chosen = sparseft.select(model, [batch], density=density, **selection)
     folder.mkdir(parents=True)
-    for name, pattern in sparseft.select(model, [batch], density=density, **selection).items():
+    for name, pattern in chosen.items():
         pattern.save(folder / f"{name}.safetensors")
 
 
 def load(name: str, dtype: str) -> nn.Module:
     """`smollm2` or `llama-1b`, in train mode, with its own copy of every weight: pages mapped from a file would not
-    count as resident."""
+    count as resident. In huge pages, as SparseAdamW moves its weights: for all."""
+    import peft  # noqa: F401 (in every process: its modules are no provider's memory)
+
     from sparseft import models
 
     if name == "smollm2":
@@ -144,6 +148,7 @@ def load(name: str, dtype: str) -> nn.Module:
             parameter.data = parameter.data.clone()
     else:
         model = _llama_1b(layers=2).to(models.DTYPES[dtype])
+    collapse(model.parameters())
     model.config.use_cache = False
     # A frozen lm_head whose input is not contiguous copies its weight for every sequence: a handicap of all but dense
     # training that a user would fix.
@@ -152,7 +157,7 @@ def load(name: str, dtype: str) -> nn.Module:
 
 
 def _llama_1b(layers: int) -> nn.Module:
-    """The shapes of Llama-3.2-1B with fewer layers and tokens, random weights."""
+    """The shapes of Llama-3.2-1B with fewer layers and a smaller vocabulary, random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
