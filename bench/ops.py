@@ -31,6 +31,7 @@ from sparseft.pattern import Pattern, pack
 
 RESULTS = Path(__file__).parent / "results" / "ops.csv"
 LINE = 64  # bytes that memory is read and written in
+LEAST = 4.0  # seconds that a group is timed: other machines on this host slow its caches for a second or two
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -65,15 +66,17 @@ class Group:
     repeats: int | None = None
 
 
-def alternating(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each call; they take turns, once more than is counted."""
+def alternating(calls: dict[str, Callable[[], object]], repeats: int, least: float) -> dict[str, float]:
+    """Median seconds of each call; they take turns, once more than is counted, and for `least` seconds at least."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(repeats + 1):
+    begun, number = time.perf_counter(), 0
+    while number <= repeats or time.perf_counter() - begun < least:
         for name, call in calls.items():
             start = time.perf_counter()
             call()
             if number:
                 times[name].append(time.perf_counter() - start)
+        number += 1
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
@@ -287,10 +290,10 @@ OPERATIONS: dict[str, Callable[[Sizes], Iterator[Group]]] = {
 
 
 @torch.no_grad()
-def measure(group: Group, repeats: int) -> list[dict[str, Any]]:
+def measure(group: Group, repeats: int, least: float = 0.0) -> list[dict[str, Any]]:
     """Check and time a group; one row for each call, and one for each bound."""
     group.check()
-    seconds = alternating(group.calls, group.repeats or repeats)
+    seconds = alternating(group.calls, group.repeats or repeats, least)
     rows = []
     for name, taken in seconds.items():
         rows.append({"what": name, "figure": 1e3 * taken, "unit": "ms", "bound": "", "verdict": ""})
@@ -311,7 +314,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=tuple(OPERATIONS), choices=tuple(OPERATIONS))
     parser.add_argument("--append", action="store_true", help="add to the results instead of replacing them")
-    parser.add_argument("--repeats", type=int, default=Sizes.repeats, help="timed turns of each call")
+    parser.add_argument("--repeats", type=int, default=Sizes.repeats, help="timed turns of each call, at least")
     parser.add_argument("--topk-memory", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.topk_memory:
@@ -325,7 +328,7 @@ def main() -> None:
     short = False
     for name in options.only:
         for group in OPERATIONS[name](sizes):
-            for row in measure(group, options.repeats):
+            for row in measure(group, options.repeats, LEAST):
                 print(show(row), flush=True)
                 rows.append({**row, **about})
                 short |= row["verdict"] == "short"

@@ -49,6 +49,8 @@ for _name, _schema in SCHEMAS.items():
 
 for _library, _integer in ((_lib, "SymInt"), (_compiled[0], "int")):
     _library.define(f"masked_grad({_OPERAND.replace('SymInt', _integer)}) -> Tensor", tags=_TAGS)
+for _name in (*SCHEMAS, "masked_grad"):  # called where nothing needs a gradient: past autograd without a stop
+    _compiled[0].impl(_name, torch.library.fallthrough_kernel, "AutogradCPU")
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -145,12 +147,14 @@ def masked_grad(grad_out: Tensor, input: Tensor, pattern: Pattern, out: Tensor |
         [k], fp32 (fp64 for fp64 operands), in the pattern's order. Differentiable twice; the double backward
         holds one dense [N, K] matrix.
     """
-    if grad_out.shape[-1:] != pattern.shape[:1]:
-        raise _unfit("grad_out", f"[..., {pattern.shape[0]}]", tuple(grad_out.shape))
-    if input.shape[-1:] != pattern.shape[1:]:
-        raise _unfit("input", f"[..., {pattern.shape[1]}]", tuple(input.shape))
-    if input.shape[:-1] != grad_out.shape[:-1]:
-        raise _unfit("input", f"leading dimensions {tuple(grad_out.shape[:-1])}", tuple(input.shape))
+    out_features, in_features = pattern.shape
+    leading = grad_out.shape[:-1]
+    if grad_out.shape != (*leading, out_features):
+        raise _unfit("grad_out", f"[..., {out_features}]", tuple(grad_out.shape))
+    if input.shape != (*leading, in_features):
+        fits = input.shape[-1:] == (in_features,)
+        expected = f"leading dimensions {tuple(leading)}" if fits else f"[..., {in_features}]"
+        raise _unfit("input", expected, tuple(input.shape))
 
     def check():
         _expect_dtype("input", input, (grad_out.dtype,))
@@ -160,7 +164,9 @@ def masked_grad(grad_out: Tensor, input: Tensor, pattern: Pattern, out: Tensor |
         if out is not None:
             _expect_vector("out", out, len(pattern), (_accumulator(grad_out.dtype),), grad_out)
 
-    operands = (grad_out.reshape(-1, pattern.shape[0]), input.reshape(-1, pattern.shape[1]), *pattern.layout)
+    if len(leading) != 1:
+        grad_out, input = grad_out.reshape(-1, out_features), input.reshape(-1, in_features)
+    operands = (grad_out, input, *pattern.layout)
     if out is None:
         if torch.is_grad_enabled() and (grad_out.requires_grad or input.requires_grad):
             check()
@@ -325,8 +331,7 @@ def _call(name: str, first: Tensor, args: tuple, check: Callable[[], None]):
         check()
         return getattr(torch.ops.sparseft, name)(*args)
     try:
-        with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.sparseft_cpu, name).default(*args)
+        return getattr(torch.ops.sparseft_cpu, name).default(*args)
     except RuntimeError as error:
         refusal = error
     check()

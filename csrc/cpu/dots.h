@@ -7,10 +7,12 @@
 namespace sparseft {
 
 constexpr int64_t kLanes = 16;  // partial sums of a dot product
-// Tokens of a whole row of the scratch, 8 cache lines: more would hold fewer rows in the second-level cache, fewer
-// would be too short for the work around each dot product.
+// Tokens of a row of the scratch, 8 cache lines: more would hold fewer rows in the second-level cache, fewer would be
+// too short for the work around each dot product. Where there are few of them, half as many are.
 template <typename S>
 constexpr int64_t kTokens = 512 / sizeof(S);
+template <typename S>
+constexpr int64_t kHalf = kTokens<S> / 2;
 
 constexpr int64_t kTogether = 4;  // dot products at once: independent sums hide the latency of the additions
 
@@ -86,12 +88,13 @@ SPARSEFT_INLINE typename VectorOf<W, 4>::type totals(const Sum (&sums)[kTogether
   }
 }
 
-// Four dot products; `one_row`: all of them with row[0]. `full`: over kTokens<S> tokens, whatever `tokens` is.
-template <typename Op, bool one_row, bool full, typename S, typename W>
+// Four dot products; `one_row`: all of them with row[0]. `fixed`: over so many tokens, whatever `tokens` is; 0:
+// `tokens`.
+template <typename Op, bool one_row, int64_t fixed, typename S, typename W>
 SPARSEFT_INLINE void dot(const S* const* row, const S* const* col, int64_t tokens, W* out) {
   typename Op::Sum sums[kTogether][Op::parts] = {};
 #pragma GCC unroll 8
-  for (int64_t t = 0; t < (full ? kTokens<S> : tokens); t += Op::parts * Op::width) {
+  for (int64_t t = 0; t < (fixed ? fixed : tokens); t += Op::parts * Op::width) {
 #pragma GCC unroll 4
     for (int64_t p = 0; p < Op::parts; ++p) {
       const int64_t at = t + p * Op::width;
@@ -105,7 +108,7 @@ SPARSEFT_INLINE void dot(const S* const* row, const S* const* col, int64_t token
   std::memcpy(out, &four, sizeof(four));
 }
 
-template <typename Op, bool full, typename S, typename W>
+template <typename Op, int64_t fixed, typename S, typename W>
 SPARSEFT_INLINE void dots_of_run(const Worklist& work, const Run& run, const Dots<S, W>& d) {
   const S* const* rows = d.rows.row + (run.tile->row0 - d.rows.begin);
   const S* const* cols = d.cols.row + (run.tile->col0 - d.cols.begin);
@@ -126,9 +129,9 @@ SPARSEFT_INLINE void dots_of_run(const Worklist& work, const Run& run, const Dot
   for (int64_t i = 0; i < count; i += kTogether) {
     W sums[kTogether];
     if (row[i] == row[i + kTogether - 1])  // row-major, each row once: those between are in it, too
-      dot<Op, true, full>(row + i, col + i, d.tokens, sums);
+      dot<Op, true, fixed>(row + i, col + i, d.tokens, sums);
     else
-      dot<Op, false, full>(row + i, col + i, d.tokens, sums);
+      dot<Op, false, fixed>(row + i, col + i, d.tokens, sums);
     if (i + kTogether <= count) {
       if (d.add)
 #pragma GCC unroll 4
@@ -143,7 +146,9 @@ SPARSEFT_INLINE void dots_of_run(const Worklist& work, const Run& run, const Dot
 // out[e] (+)= the dot product of entry e, for the entries of a run.
 template <typename Op, typename S, typename W>
 SPARSEFT_INLINE void dots_of_run(const Worklist& work, const Run& run, const Dots<S, W>& d) {
-  d.tokens == kTokens<S> ? dots_of_run<Op, true>(work, run, d) : dots_of_run<Op, false>(work, run, d);
+  if (d.tokens == kTokens<S>) return dots_of_run<Op, kTokens<S>>(work, run, d);
+  if (d.tokens == kHalf<S>) return dots_of_run<Op, kHalf<S>>(work, run, d);
+  dots_of_run<Op, 0>(work, run, d);
 }
 
 }  // namespace sparseft

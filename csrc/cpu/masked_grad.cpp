@@ -3,8 +3,8 @@
 // A dot product over T walks a column of grad_out and a column of input. The needed columns are first gathered into
 // rows of a scratch buffer, padded with zeros to whole vectors: bf16 stays bf16 where the processor multiplies it,
 // everything else is widened to fp32 (fp64). A column that lies in memory in this form already is read where it is.
-// Tokens are taken kTokens at a time: the scratch stays in the cache, and its size does not grow with T. (Sums take up
-// to three more numbers for each entry: those of the shares, below.)
+// A block of tokens is taken at a time: the scratch stays in the cache, and its size does not grow with T. (Sums take
+// up to three more numbers for each entry: those of the shares, below.)
 //
 // Threads share the tokens, not the entries: what a core has gathered, it reads from its own cache. An entry's sum
 // always has the same order (lanes, then their tree, then the blocks of a share, then the shares), whatever the number
@@ -21,8 +21,19 @@
 namespace sparseft {
 namespace {
 
+// Tokens of a block. A gathered row is read once by each of its entries: where these are few, it is worth more that the
+// rows stay in the second-level cache until then.
 template <typename S>
-constexpr int64_t kStride = kTokens<S> + kStep<S>;  // a power of two would crowd few sets of the cache
+int64_t block_tokens(int64_t entries, int64_t rows) {
+  return entries < 8 * rows ? kHalf<S> : kTokens<S>;
+}
+
+// Of the rows of the scratch. A power of two would crowd few sets of the cache.
+template <typename S>
+int64_t stride_of(int64_t tokens) {
+  return tokens + kStep<S>;
+}
+
 constexpr int64_t kNear = 600 << 10;   // bytes of it that the second-level cache holds, and more beside them
 constexpr int64_t kScratch = 1 << 26;  // bytes of all scratch together; one alone may be larger
 
@@ -75,8 +86,10 @@ std::pair<int64_t, int64_t> used(const Worklist& work, int64_t Tile::* start, in
 template <typename T, typename S>
 class Operand {
  public:
-  Operand(const Tensor& tensor, const Order& order, std::pair<int64_t, int64_t> range)
+  // tokens: of a block.
+  Operand(const Tensor& tensor, const Order& order, std::pair<int64_t, int64_t> range, int64_t tokens)
       : order_(order),
+        stride_(stride_of<S>(tokens)),
         x_(matrix_of<T>(tensor)),
         begin_(range.first),
         size_(range.second - range.first),
@@ -86,12 +99,12 @@ class Operand {
   // Blocks of columns that a block of tokens has to be gathered from.
   int64_t blocks() const { return in_place_ ? 0 : columns_.blocks(); }
   int64_t size() const { return in_place_ ? 0 : size_; }  // rows that have to be gathered
-  int64_t scratch_bytes() const { return size() * kStride<S> * sizeof(S); }
+  int64_t scratch_bytes() const { return size() * stride_ * sizeof(S); }
 
   // One block of tokens at a time, as rows.
   class Block {
    public:
-    explicit Block(const Operand& from) : from_(from), scratch_(from.size() * kStride<S>), rows_(from.size_) {
+    explicit Block(const Operand& from) : from_(from), scratch_(from.size() * from.stride_), rows_(from.size_) {
       if constexpr (std::is_same_v<T, S>) {
         if (from_.in_place_) {
           for (int64_t i = 0; i < from_.size_; ++i) {
@@ -102,7 +115,7 @@ class Operand {
           return;
         }
       }
-      for (int64_t i = 0; i < from_.size_; ++i) rows_[i] = scratch_.data() + i * kStride<S>;
+      for (int64_t i = 0; i < from_.size_; ++i) rows_[i] = scratch_.data() + i * from_.stride_;
     }
 
     // For the blocks of columns [begin, end).
@@ -110,7 +123,7 @@ class Operand {
       Matrix<T> x = from_.x_;
       x.data += token0 * x.token_stride;
       x.tokens = count;
-      gather(x, from_.columns_, begin, end, scratch_.data(), kStride<S>);
+      gather(x, from_.columns_, begin, end, scratch_.data(), from_.stride_);
     }
 
     Rows<S> rows(int64_t token0) const { return {rows_.data(), from_.begin_, from_.in_place_ ? token0 : 0}; }
@@ -123,6 +136,7 @@ class Operand {
 
  private:
   Order order_;
+  int64_t stride_;
   Matrix<T> x_;
   int64_t begin_, size_;
   bool in_place_;
@@ -130,24 +144,27 @@ class Operand {
 };
 
 // A call's tokens, in blocks; consecutive blocks form shares, each with sums of its own.
-template <typename S, typename W>
+template <typename W>
 class Shares {
  public:
-  // accumulate: the first share's sums are added to `out`; it holds all sums after `add_up` of all runs. Entries
-  // outside the runs are left alone.
-  Shares(W* out, const std::vector<Run>& runs, int64_t tokens, bool accumulate)
+  // block_tokens: of a block, but the last. accumulate: the first share's sums are added to `out`; it holds all sums
+  // after `add_up` of all runs. Entries outside the runs are left alone.
+  Shares(W* out, const std::vector<Run>& runs, int64_t tokens, int64_t block_tokens, bool accumulate)
       : tokens_(tokens),
+        block_tokens_(block_tokens),
         accumulate_(accumulate),
         out_(out),
         first_(first_of(runs)),
         size_(last_of(runs) - first_),
         others_((count() - 1) * size_) {}
 
-  int64_t blocks() const { return std::max<int64_t>(1, (tokens_ + kTokens<S> - 1) / kTokens<S>); }  // one may be empty
+  int64_t blocks() const {
+    return std::max<int64_t>(1, (tokens_ + block_tokens_ - 1) / block_tokens_);
+  }  // one may be empty
   int64_t count() const { return std::min(kShares, blocks()); }
   int64_t first_block(int64_t share) const { return share * blocks() / count(); }
-  int64_t token0(int64_t block) const { return block * kTokens<S>; }
-  int64_t tokens(int64_t block) const { return std::min(kTokens<S>, tokens_ - token0(block)); }
+  int64_t token0(int64_t block) const { return block * block_tokens_; }
+  int64_t tokens(int64_t block) const { return std::min(block_tokens_, tokens_ - token0(block)); }
   int64_t share_of(int64_t block) const { return ((block + 1) * count() - 1) / blocks(); }
   bool adds(int64_t block) const {
     const int64_t share = share_of(block);
@@ -175,7 +192,7 @@ class Shares {
   }
 
   static constexpr int64_t kShares = 4;
-  int64_t tokens_;
+  int64_t tokens_, block_tokens_;
   bool accumulate_;
   W* out_;
   int64_t first_, size_;  // the entries of all runs lie between
@@ -190,7 +207,7 @@ class Team {
 
   // The blocks of tokens [begin, end).
   Team(const Worklist& work, const std::vector<Run>& runs, const Operand<T, S>& left, const Operand<T, S>& right,
-       const Shares<S, W>& shares, int64_t begin, int64_t end)
+       const Shares<W>& shares, int64_t begin, int64_t end)
       : work_(work),
         runs_(runs),
         shares_(shares),
@@ -236,7 +253,7 @@ class Team {
 
   const Worklist& work_;
   const std::vector<Run>& runs_;
-  const Shares<S, W>& shares_;
+  const Shares<W>& shares_;
   int64_t begin_, middle_;
   typename Operand<T, S>::Block left_, right_;
   Phases phases_;
@@ -244,13 +261,14 @@ class Team {
 
 template <typename T, typename S>
 void compute(const Worklist& work, const Operand<T, S>& left, const Operand<T, S>& right, int64_t tokens,
-             bool accumulate, Wide<T>* out) {
+             int64_t block_tokens, bool accumulate, Wide<T>* out) {
   std::vector<Run> runs = runs_of(work);
   // A band of tiles reads a few rows and all columns: so many columns at a time that they stay in the second-level
   // cache.
-  const auto part = [](const Run& run) { return run.tile->col0 * kStride<S> * sizeof(S) / kNear; };
+  const int64_t row_bytes = stride_of<S>(block_tokens) * sizeof(S);
+  const auto part = [&](const Run& run) { return run.tile->col0 * row_bytes / kNear; };
   std::stable_sort(runs.begin(), runs.end(), [&](const Run& a, const Run& b) { return part(a) < part(b); });
-  const Shares<S, Wide<T>> shares(out, runs, tokens, accumulate);
+  const Shares<Wide<T>> shares(out, runs, tokens, block_tokens, accumulate);
   const bool threaded = (work.entries + left.size() + right.size()) * tokens > 1 << 18;
   const int64_t threads = threaded ? torch::stable::get_num_threads() : 1;
   const int64_t room = kScratch / std::max<int64_t>(1, left.scratch_bytes() + right.scratch_bytes());
@@ -292,9 +310,10 @@ void gradient_into(Tensor& out, const Tensor& grad_out, const Tensor& input, con
     using T = typename decltype(from)::type;
     using S = typename decltype(to)::type;
     const int64_t width = work.width.size, height = work.positions / width;
-    compute(work, Operand<T, S>(left, work.rows, used(work, &Tile::row0, height, work.rows)),
-            Operand<T, S>(right, work.cols, used(work, &Tile::col0, width, work.cols)), grad_out.size(0), accumulate,
-            out.mutable_data_ptr<Wide<T>>());
+    const auto rows = used(work, &Tile::row0, height, work.rows), cols = used(work, &Tile::col0, width, work.cols);
+    const int64_t block = block_tokens<S>(work.entries, rows.second - rows.first + cols.second - cols.first);
+    compute(work, Operand<T, S>(left, work.rows, rows, block), Operand<T, S>(right, work.cols, cols, block),
+            grad_out.size(0), block, accumulate, out.mutable_data_ptr<Wide<T>>());
   };
   visit_float(grad_out.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -313,6 +332,16 @@ void masked_grad_(Tensor out, const Tensor& grad_out, const Tensor& input, std::
   gradient_into(out, grad_out, input, worklist_of(grad_out, input, rows, cols, tiles, local, tile), accumulate);
 }
 
+// A new [count] on the CPU. (`stable::new_empty` looks its operation up by name: cold, some ten microseconds more.)
+Tensor empty_vector(int64_t count, ScalarType dtype) {
+  const int64_t stride = 1;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      1, &count, &stride, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 // Whether the tiles list all entries, one after the other.
 bool lists_all(const Worklist& work) {
   int64_t next = 0;
@@ -328,7 +357,7 @@ Tensor masked_grad(const Tensor& grad_out, const Tensor& input, std::optional<Te
                    const Tensor& tiles, const Tensor& local, std::vector<int64_t> tile) {
   check_masked_grad_operands(grad_out, input, rows, cols, tiles, local, tile);
   const Worklist work = worklist_of(grad_out, input, rows, cols, tiles, local, tile);
-  Tensor out = torch::stable::new_empty(grad_out, {local.numel()}, wide_type(grad_out.scalar_type()));
+  Tensor out = empty_vector(local.numel(), wide_type(grad_out.scalar_type()));
   if (!lists_all(work)) torch::stable::zero_(out);
   gradient_into(out, grad_out, input, work, /*accumulate=*/false);
   return out;
