@@ -101,7 +101,7 @@ def measure(
         optimizer.step()
         optimizer.zero_grad()
         marks.append(time.perf_counter())
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         del loss
         if step == 0:
             hook.remove()

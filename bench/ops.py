@@ -3,9 +3,9 @@
     python -m bench.ops                             # everything (some minutes)
     python -m bench.ops --only masked_grad --append
 
-A group of calls is timed alternating, after each one's result was checked; figures are ratios of medians. Floors are
-measured in the same run: a copy's bandwidth, a read of the scores. Writes bench/results/ops.csv; exits 1 if a bound is
-short.
+A group of calls is timed alternating, after ours was checked; figures are medians of the turns' ratios. Floors are
+measured in the same turns: a copy's bandwidth, a read of the scores. Writes bench/results/ops.csv; exits 1 if a bound
+is short.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from sparseft.pattern import Pattern, pack
 
 RESULTS = Path(__file__).parent / "results" / "ops.csv"
 LINE = 64  # bytes that memory is read and written in
-LEAST = 4.0  # seconds that a group is timed: other machines on this host slow its caches for a second or two
+LEAST = 4.0  # seconds that a group is timed: a second may be one of those in which others on the host use the caches
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -54,7 +54,8 @@ class Sizes:
 class Group:
     """Calls that do the same work, "ours" among them, and what their figures may be.
 
-    `bounds`: (what, figure of the medians in seconds, bound); a figure at or above its bound is good.
+    `bounds`: (what, figure of a turn's seconds, bound), `apart`: (what, figure measured by itself, bound); a figure at
+    or above its bound is good.
     """
 
     operation: str
@@ -63,21 +64,23 @@ class Group:
     calls: dict[str, Callable[[], object]]
     check: Callable[[], None]
     bounds: list[tuple[str, Callable[[dict[str, float]], float], float]] = field(default_factory=list)
+    apart: list[tuple[str, Callable[[], float], float]] = field(default_factory=list)
     repeats: int | None = None
 
 
-def alternating(calls: dict[str, Callable[[], object]], repeats: int, least: float) -> dict[str, float]:
-    """Median seconds of each call; they take turns, once more than is counted, and for `least` seconds at least."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    begun, number = time.perf_counter(), 0
-    while number <= repeats or time.perf_counter() - begun < least:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if number:
-                times[name].append(time.perf_counter() - start)
-        number += 1
-    return {name: statistics.median(taken) for name, taken in times.items()}
+def alternating(calls: dict[str, Callable[[], object]], repeats: int, least: float) -> list[dict[str, float]]:
+    """Seconds of each call, turn by turn; one turn more than is counted, and for `least` seconds at least."""
+    turns: list[dict[str, float]] = []
+    begun = time.perf_counter()
+    while len(turns) <= repeats or time.perf_counter() - begun < least:
+        turns.append({name: seconds_of(call) for name, call in calls.items()})
+    return turns[1:]
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def faster_than(rival: str) -> Callable[[dict[str, float]], float]:
@@ -178,6 +181,7 @@ def _adamw(sizes: Sizes, name: str, dtype: torch.dtype) -> Group:
         rival = "dense fused AdamW in huge pages"
         bounds.append((f"x {rival}", faster_than(rival), 1 / 0.07))
     nothing = torch.zeros_like(values)
+    collapse([nothing])
     # "ours" comes after the copy, which leaves nothing of it in the caches
     calls = {"ours": ours, "dense fused AdamW": dense.step,
              "the write alone: scatter_delta_": lambda: scatter_delta_(weights, nothing, layout),
@@ -212,7 +216,7 @@ def topks(sizes: Sizes) -> Iterator[Group]:
         threshold = scores.abs().kthvalue(sizes.scores - k + 1).values
         assert bool((scores.abs()[select_topk(scores, k)] >= threshold).all()), "select_topk is wrong"
 
-    def memory(seconds: dict[str, float]) -> float:
+    def memory() -> float:
         """In processes of their own: in this one, freed memory would hide what is taken. The kernel counts what is
         resident to within half a megabyte: the median of three."""
         command = [sys.executable, "-m", "bench.ops", "--topk-memory", str(sizes.scores)]
@@ -227,9 +231,9 @@ def topks(sizes: Sizes) -> Iterator[Group]:
     bounds = [
         ("x torch.topk", faster_than("torch.topk"), 60.0),
         ("of one read of the scores", lambda s: s["read"] / s["ours"], 1 / 3),
-        ("output / extra memory", memory, 1 / 1.2),
     ]
-    yield Group("select_topk", f"{k} of {sizes.scores}", "fp32", calls, check, bounds, repeats=3)
+    apart = [("output / extra memory", memory, 1 / 1.2)]
+    yield Group("select_topk", f"{k} of {sizes.scores}", "fp32", calls, check, bounds, apart, repeats=3)
 
 
 def topk_memory(count: int) -> int:
@@ -296,12 +300,13 @@ OPERATIONS: dict[str, Callable[[Sizes], Iterator[Group]]] = {
 def measure(group: Group, repeats: int, least: float = 0.0) -> list[dict[str, Any]]:
     """Check and time a group; one row for each call, and one for each bound."""
     group.check()
-    seconds = alternating(group.calls, group.repeats or repeats, least)
+    turns = alternating(group.calls, group.repeats or repeats, least)
     rows = []
-    for name, taken in seconds.items():
+    for name in group.calls:
+        taken = statistics.median(turn[name] for turn in turns)
         rows.append({"what": name, "figure": 1e3 * taken, "unit": "ms", "bound": "", "verdict": ""})
-    for what, figure, bound in group.bounds:
-        reached = figure(seconds)
+    figures = [(what, statistics.median(map(figure, turns)), bound) for what, figure, bound in group.bounds]
+    for what, reached, bound in [*figures, *((what, figure(), bound) for what, figure, bound in group.apart)]:
         verdict = "ok" if reached >= bound else "short"
         rows.append({"what": what, "figure": reached, "unit": "ratio", "bound": round(bound, 3), "verdict": verdict})
     about = {"operation": group.operation, "size": group.size, "dtype": group.dtype}

@@ -49,7 +49,7 @@ for _name, _schema in SCHEMAS.items():
 
 for _library, _integer in ((_lib, "SymInt"), (_compiled[0], "int")):
     _library.define(f"masked_grad({_OPERAND.replace('SymInt', _integer)}) -> Tensor", tags=_TAGS)
-for _name in (*SCHEMAS, "masked_grad"):  # called where nothing needs a gradient: past autograd without a stop
+for _name in (*SCHEMAS, "masked_grad"):  # their callers need no gradient: past autograd without a stop
     _compiled[0].impl(_name, torch.library.fallthrough_kernel, "AutogradCPU")
 
 

@@ -8,7 +8,7 @@ namespace sparseft {
 
 constexpr int64_t kLanes = 16;  // partial sums of a dot product
 // Tokens of a row of the scratch, 8 cache lines: more would hold fewer rows in the second-level cache, fewer would be
-// too short for the work around each dot product. Where there are few of them, half as many are.
+// too short for the work around each dot product. kHalf: where rows have few entries.
 template <typename S>
 constexpr int64_t kTokens = 512 / sizeof(S);
 template <typename S>

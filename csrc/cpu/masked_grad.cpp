@@ -21,8 +21,8 @@
 namespace sparseft {
 namespace {
 
-// Tokens of a block. A gathered row is read once by each of its entries: where these are few, it is worth more that the
-// rows stay in the second-level cache until then.
+// Tokens of a block, for the rows of both operands together. Where a row has fewer than 16 entries on average (each
+// entry reads two rows), it is worth more that the rows stay in the second-level cache until they are read.
 template <typename S>
 int64_t block_tokens(int64_t entries, int64_t rows) {
   return entries < 8 * rows ? kHalf<S> : kTokens<S>;
@@ -336,7 +336,7 @@ void masked_grad_(Tensor out, const Tensor& grad_out, const Tensor& input, std::
 Tensor empty_vector(int64_t count, ScalarType dtype) {
   const int64_t stride = 1;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       1, &count, &stride, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);

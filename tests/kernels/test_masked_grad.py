@@ -39,6 +39,7 @@ from .table import (
 
 OPERATION = "masked_grad_"
 SWEEP = Case("sweep", ((37, 70),), (16, 16), 0.2)
+CROWDED = Case("crowded", ((24, 40),), (16, 16), "full")
 COMPACT = Case("compact", ((61, 150),), (16, 16), 0.03, absent=0.4)
 TOKENS = (0, 1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 63, 65, 127, 129, 257, 1023)
 
@@ -138,6 +139,16 @@ def test_columns_that_lie_in_memory_as_rows(implementation, memory, tokens, dtyp
     """Operands may be stored [N, T] and [K, T], as a sparse layer keeps its input."""
     e = entries(SWEEP)
     check(implementation, memory, e, *operands(e, tokens, dtype), put=lambda t: memory.put(t.T.contiguous()).T)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("tokens", [64, 256, 1100])
+@pytest.mark.parametrize("lie", ["rows", "columns"])
+def test_many_entries_of_a_row(implementation, memory, tokens, dtype, lie):
+    """The CPU's kernel takes twice as many tokens at once then."""
+    e = entries(CROWDED)
+    put = None if lie == "rows" else lambda t: memory.put(t.T.contiguous()).T
+    check(implementation, memory, e, *operands(e, tokens, dtype), put=put)
 
 
 @pytest.mark.parametrize("tokens", [17, 1100])
