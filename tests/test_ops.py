@@ -279,6 +279,22 @@ def test_inference_tensors_can_be_written(served_by):
         assert all(t.is_inference() for t in written)
 
 
+def test_a_kernel_that_refuses_leaves_version_counters_alone():
+    """What only the kernel sees: an index out of bounds. A backward over what was saved before still runs."""
+    weights, layout = layers()
+    layout.local[-1] = -1
+    values = torch.ones(len(layout.local))
+    leaf = torch.ones_like(weights[0], requires_grad=True)
+    product = (leaf * weights[0]).sum()
+    with torch.inference_mode():
+        weights[1] = weights[1].clone()
+    versions = [weights[0]._version, values._version]
+    with backend.forced("cpu"), pytest.raises(RuntimeError, match="a local position lies outside the tile"):
+        ops.scatter_delta_(weights, values, layout, "swap")
+    assert [weights[0]._version, values._version] == versions
+    product.backward()
+
+
 # ---- errors: the argument, what was expected, what came; nothing written ---------------------------------------
 
 p0 = pattern()
@@ -505,10 +521,11 @@ ERRORS = {
 def test_errors(case):
     (arguments, call), error, message = ERRORS[case]
     tensors = [t for t in flat([v for v in arguments.values() if not isinstance(v, Pattern)]) if not t.is_meta]
-    before = [t.clone() for t in tensors]
+    before, versions = [t.clone() for t in tensors], [t._version for t in tensors]
     with pytest.raises(error, match=re.escape(message)):
         call()
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+    assert [t._version for t in tensors] == versions
 
 
 # ---- the compiled CPU kernels check everything again: they are reachable without the functions above ------------
