@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bench.machine import describe
 from bench.memory import forget_peak, resident
@@ -97,6 +97,9 @@ def masked_grads(sizes: Sizes) -> Iterator[Group]:
             for name, dtype in DTYPES.items():
                 for density in sizes.densities:
                     yield _masked_grad(n, tokens, name, dtype, density, least[name, density])
+    for name, dtype in DTYPES.items():
+        for fill in (0.1, 1.0):
+            yield _block_grad(min(sizes.squares), min(sizes.tokens), name, dtype, fill)
 
 
 def _masked_grad(n: int, tokens: int, name: str, dtype: torch.dtype, density: float, least: float) -> Group:
@@ -128,6 +131,35 @@ def _masked_grad(n: int, tokens: int, name: str, dtype: torch.dtype, density: fl
         assert bool(((got - exact).abs() <= (tokens + 1) * 2.0**-24 * 1.01 * size).all()), "masked_grad is wrong"
 
     return Group("masked_grad", f"{n}x{n}, T={tokens}, {density:.0%}", name, calls, check, bounds)
+
+
+def _block_grad(n: int, tokens: int, name: str, dtype: torch.dtype, fill: float) -> Group:
+    """Entries in some rows and columns only, as sorted tiles have them (a tenth of a block) or as whole columns do:
+    dot products against the dense product of what is needed, and a gather. No bound: this says which to build on."""
+    generator = torch.Generator().manual_seed(0)
+    grad_out, input = (torch.randn(tokens, n, generator=generator).to(dtype) for _ in range(2))
+    rows, cols = (torch.randperm(n, generator=generator)[: n * share // 100].sort().values
+                  for share in ((100, 5) if fill == 1 else (32, 32)))  # fmt: skip
+    mask = torch.zeros(n, n, dtype=torch.bool)
+    mask[rows[:, None], cols] = torch.rand(len(rows), len(cols), generator=generator) < fill
+    pattern = Pattern.from_mask(mask)
+    places = mask[rows][:, cols].flatten().nonzero().squeeze(1)
+
+    def block() -> Tensor:
+        needed = grad_out if fill == 1 else grad_out[:, rows]
+        product = (needed.T @ input[:, cols]).view(-1)
+        return product if fill == 1 else product[places]
+
+    def check() -> None:
+        exact = (grad_out.double().T @ input.double()).view(-1)[pattern.indices()]
+        size = (grad_out.double().abs().T @ input.double().abs()).view(-1)[pattern.indices()]
+        error = (masked_grad(grad_out, input, pattern).double() - exact).abs()
+        assert bool((error <= (tokens + 1) * 2.0**-24 * 1.01 * size).all()), "masked_grad is wrong"
+
+    calls = {"ours": lambda: masked_grad(grad_out, input, pattern), "GEMM of the block + gather": block,
+             "dense GEMM": lambda: grad_out.T @ input}  # fmt: skip
+    what = "5% of columns" if fill == 1 else "1% in a block"
+    return Group("masked_grad", f"{n}x{n}, T={tokens}, {what}", name, calls, check)
 
 
 def adamws(sizes: Sizes) -> Iterator[Group]:
@@ -314,7 +346,7 @@ def measure(group: Group, repeats: int, least: float = 0.0) -> list[dict[str, An
 
 
 def show(row: dict[str, Any]) -> str:
-    return (f"{row['operation']:12} {row['size']:24} {row['dtype']} {row['what']:44} {row['figure']:8.2f} {row['unit']}"
+    return (f"{row['operation']:12} {row['size']:34} {row['dtype']} {row['what']:44} {row['figure']:8.2f} {row['unit']}"
             + (f" (>= {row['bound']}) {row['verdict']}" if row["verdict"] else ""))  # fmt: skip
 
 

@@ -173,7 +173,8 @@ def masked_grad(grad_out: Tensor, input: Tensor, pattern: Pattern, out: Tensor |
             return torch.ops.sparseft.masked_grad(*operands)
         return _call("masked_grad", grad_out, operands, check)
     _refuse_autograd("masked_grad(out=)", out, *operands[:2])
-    _call("masked_grad_", grad_out, (out, *operands, True), check, written=(out,))
+    _call("masked_grad_", grad_out, (out, *operands, True), check)
+    _bump(out)
     return out
 
 
@@ -212,8 +213,8 @@ def scatter_delta_(
         _expect_vector("values", values, len(layout.local), dtypes, weights[0])
 
     _refuse_autograd("scatter_delta_", *weights, values)
-    written = (*weights, values) if mode == "swap" else (*weights,)
-    _call("scatter_delta_", weights[0], (_matrices(weights), values, *layout, mode, float(alpha)), check, written)
+    _call("scatter_delta_", weights[0], (_matrices(weights), values, *layout, mode, float(alpha)), check)
+    _bump(*weights, *([values] if mode == "swap" else []))
 
 
 def sparse_adamw_(
@@ -276,12 +277,12 @@ def sparse_adamw_(
             if number is not None:
                 _expect_number(name, number, (torch.float32,), weights[0])
 
-    written = (*weights, values, exp_avg, exp_avg_sq)
-    _refuse_autograd("sparse_adamw_", *written)
+    _refuse_autograd("sparse_adamw_", *weights, values, exp_avg, exp_avg_sq)
     _call("sparse_adamw_", weights[0], (
         _matrices(weights), values, grad, exp_avg, exp_avg_sq, base, step, born, *layout,
         lr, betas[0], betas[1], eps, weight_decay, maximize, grad_scale, found_inf, seed,
-    ), check, written)  # fmt: skip
+    ), check)  # fmt: skip
+    _bump(*weights, values, exp_avg, exp_avg_sq)
 
 
 def select_topk(
@@ -320,27 +321,18 @@ def select_topk(
     return torch.ops.sparseft.select_topk(several, second, k, score)
 
 
-def _call(name: str, first: Tensor, args: tuple, check: Callable[[], None], written: tuple[Tensor, ...] = ()):
-    """Call an operation with arguments that pass `check`; `first` tells the device. Nothing needs a gradient. The
-    version counters of what it has `written` advance.
+def _call(name: str, first: Tensor, args: tuple, check: Callable[[], None]):
+    """Call an operation with arguments that pass `check`; `first` tells the device. Nothing needs a gradient.
 
     The compiled CPU kernels check the same themselves: there, `check` only finds the words for what they refuse, and
-    the dispatcher is passed once, not twice. Cold, checks and dispatch took as long as a small layer's gradient. The
-    counters advance before: afterwards, hundreds of tensors have left the caches (0.1 ms of a step of 4). A refusal
-    takes that back.
+    the dispatcher is passed once, not twice. Cold, checks and dispatch took as long as a small layer's gradient.
     """
     if not backend.runs_on_cpu_library(first):
         check()
-        result = getattr(torch.ops.sparseft, name)(*args)
-        _bump(written)
-        return result
-    _bump(written)
+        return getattr(torch.ops.sparseft, name)(*args)
     try:
         return getattr(torch.ops.sparseft_cpu, name).default(*args)
-    except Exception as error:
-        _take_back(written)
-        if not isinstance(error, RuntimeError):
-            raise
+    except RuntimeError as error:
         refusal = error
     check()
     raise refusal
@@ -426,21 +418,14 @@ def _refuse_autograd(name: str, *tensors: Tensor) -> None:
         raise RuntimeError(f"{name} writes in place and is not differentiable; call it under torch.no_grad()")
 
 
-def _bump(written: tuple[Tensor, ...]) -> None:
+def _bump(*tensors: Tensor) -> None:
     """Custom in-place ops do not advance the version counter: without this, a later backward would be wrong."""
     if torch.compiler.is_compiling():
         return
     try:
-        torch.autograd.graph.increment_version(written)
+        torch.autograd.graph.increment_version(tensors)
     except RuntimeError:  # inference tensors have no counter
-        torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
-
-
-def _take_back(written: tuple[Tensor, ...]) -> None:
-    """Undo `_bump`: nothing was written, and a backward of before must still run."""
-    for tensor in written:
-        if not tensor.is_inference():
-            torch._C._autograd._unsafe_set_version_counter((tensor,), (tensor._version - 1,))
+        torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
 backend.load()

@@ -82,8 +82,8 @@ class SparseAdamW(Optimizer):
     ):
         if on_nonfinite not in ("skip", "raise"):
             raise ValueError(f"on_nonfinite must be 'skip' or 'raise', got {on_nonfinite!r}")
-        if density is not None and not 0 < density <= 1:
-            raise ValueError(f"density must lie in (0, 1], got {density}")
+        if density is not None and not (isinstance(density, int | float) and 0 < density <= 1):
+            raise ValueError(f"density must lie in (0, 1], got {density!r}")
         self.on_nonfinite = on_nonfinite
         self._skipped = torch.zeros((), dtype=torch.int64)
         self._arenas: list[Arena] = []

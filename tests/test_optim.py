@@ -853,6 +853,7 @@ BAD_DROP_IN = {
     "density 0": ({"density": 0.0}, r"density must lie in \(0, 1\], got 0.0"),
     "density 2": ({"density": 2}, r"density must lie in \(0, 1\], got 2"),
     "density nan": ({"density": math.nan}, r"density must lie in \(0, 1\]"),
+    "density text": ({"density": "1%"}, r"density must lie in \(0, 1\], got .1%."),
     "density none": ({"density": 1e-6}, "selects no entry"),
     "criterion": ({"criterion": "magic"}, "criterion must be one of .*, got 'magic'"),
     "allocation": ({"allocation": "row"}, "allocation must be 'global' or 'layer', got 'row'"),
