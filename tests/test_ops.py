@@ -223,6 +223,18 @@ def test_who_traces_sees_the_public_operations():
         assert ops.masked_grad(g, x, p).shape == (len(p),)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_every_position_of_tiles_of_every_width(served_by, dtype):
+    """Addresses are computed several at a time where tiles are small: all positions, and tiles that are cut off."""
+    for width in range(1, 67):
+        for height in (1, 64, 65):
+            mask = torch.ones(height + 3, width + 2, dtype=torch.bool)
+            p = Pattern.from_mask(mask, tile=(height, width), mass=torch.rand(mask.shape))
+            weight, values = torch.zeros(mask.shape, dtype=dtype), torch.randn(len(p)).to(dtype)
+            ops.scatter_delta_(weight, values, p, "copy")
+            assert torch.equal(p.gather(weight), values)
+
+
 def in_place(name: str):
     """A call of each in-place function and the tensors that it writes."""
     weights, layout = layers()

@@ -11,12 +11,13 @@
 #include <vector>
 
 #include "phases.h"
+#include "places.h"
 #include "worklist.h"
 
 namespace sparseft {
 
 constexpr int64_t kPiece = 128;  // entries at most: the work around each is little beside that
-constexpr int64_t kAhead = 4;    // pieces whose lines are under way or there: 32 KiB of that cache
+constexpr int64_t kAhead = 2;    // pieces whose lines are under way or there: 16 KiB of that cache
 
 // Neighbouring entries of a layer, and where they lie in its weight.
 template <typename T>
@@ -24,7 +25,7 @@ struct Piece {
   int64_t layer;
   int64_t first;
   int64_t count;
-  T* at[kPiece];
+  T* at[kPiece + kTogether];  // the last are scratch
 };
 
 // The pieces of the tiles [begin, end), in order.
@@ -36,6 +37,7 @@ class Pieces {
       : work_(work),
         weights_(weights),
         shapes_(shapes),
+        together_(has_avx512() && work.width.size <= kSide && work.positions / work.width.size <= kSide),
         tile_(begin),
         end_(end) {
     if (tile_ != end_) entry_ = tile_->entry0;
@@ -66,22 +68,25 @@ class Pieces {
   }
 
   void ask_for(int64_t first, int64_t last, T** to) const {
-    const int64_t stride = shapes_[tile_->layer].cols;
-    T* const weight = weights_[tile_->layer];
-    const int32_t *rows = work_.rows.data + tile_->row0, *cols = work_.cols.data + tile_->col0;
-    const Divider width = work_.width;
-    for (int64_t e = first; e < last; ++e) {
-      const uint32_t row = width.quotient(work_.local[e]);
-      const uint32_t col = work_.local[e] - row * width.size;
-      T* address = weight + rows[row] * stride + cols[col];
-      __builtin_prefetch(address, 0, /*second-level cache*/ 2);
-      *to++ = address;
-    }
+    const Shape& shape = shapes_[tile_->layer];
+    const Site<T> site{weights_[tile_->layer],
+                       shape.cols,
+                       work_.rows.data + tile_->row0,
+                       work_.rows.size - tile_->row0,
+                       work_.cols.data + tile_->col0,
+                       work_.cols.size - tile_->col0,
+                       work_.width};
+#ifdef SPARSEFT_X86
+    if (together_ && shape.rows * shape.cols < int64_t{1} << 31)
+      return place_together(site, work_.local + first, last - first, to);
+#endif
+    place(site, work_.local + first, last - first, to);
   }
 
   const Worklist& work_;
   const std::vector<T*>& weights_;
   const std::vector<Shape>& shapes_;
+  const bool together_;  // whether tiles are small enough for place_together, and the processor has its vectors
   const Tile *tile_, *end_;
   int64_t entry_ = 0;  // of tile_
 };

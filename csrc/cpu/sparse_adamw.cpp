@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "../rounding.h"
+#include "narrow.h"
 #include "pieces.h"
 
 namespace sparseft {
@@ -103,6 +104,18 @@ SPARSEFT_CLONES void round_span(const float* from, int64_t count, uint64_t key, 
   for (int64_t i = 0; i < count; ++i) round_stochastically(from[i], random_bits(key, first + i), to[i]);
 }
 
+// To the nearest.
+template <typename T, typename W>
+SPARSEFT_CLONES void round_span(const W* from, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; ++i) {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      narrow(from[i], to[i]);
+    } else {
+      to[i] = static_cast<T>(from[i]);
+    }
+  }
+}
+
 // V: the values' dtype. Wide<T> where they are masters, T where they are the weights themselves (`seed` is given).
 template <typename T, typename V>
 struct State {
@@ -160,7 +173,16 @@ void adamw(const std::vector<T*>& weights, const std::vector<Shape>& shapes, con
       updated(wide);
       round_span(wide, count, random_word(state.seed, state.step[layer]), start, values);
     }
-    for (int64_t i = 0; i < count; ++i) *piece.at[i] = static_cast<T>(values[i]);
+    const auto write = [&](const T* rounded) {
+      for (int64_t i = 0; i < count; ++i) *piece.at[i] = rounded[i];
+    };
+    if constexpr (std::is_same_v<V, T>) {
+      write(values);
+    } else {
+      T rounded[kPiece];
+      round_span(values, count, rounded);
+      write(rounded);
+    }
   });
 }
 
