@@ -235,6 +235,19 @@ def test_every_position_of_tiles_of_every_width(served_by, dtype):
             assert torch.equal(p.gather(weight), values)
 
 
+def test_a_tile_without_entries_may_point_anywhere():
+    weights, layout = layers()
+    k = len(layout.local)
+    empty = layout.tiles[:1].clone()
+    empty[0, 1:] = torch.tensor([1 << 40, -(1 << 40), int(layout.tiles[0, 4]), int(layout.tiles[0, 4])])
+    wild = layout._replace(tiles=torch.cat([layout.tiles[:1], empty, layout.tiles[1:], empty]))
+    expected, values = [w.clone() for w in weights], torch.randn(k)
+    with backend.forced("cpu"):
+        ops.scatter_delta_(weights, values, wild, "copy")
+        ops.scatter_delta_(expected, values, layout, "copy")
+    assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+
+
 def in_place(name: str):
     """A call of each in-place function and the tensors that it writes."""
     weights, layout = layers()

@@ -68,6 +68,7 @@ class Pieces {
   }
 
   void ask_for(int64_t first, int64_t last, T** to) const {
+    if (first == last) return;  // a tile without entries may point anywhere
     const Shape& shape = shapes_[tile_->layer];
     const Site<T> site{weights_[tile_->layer],
                        shape.cols,
