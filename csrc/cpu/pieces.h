@@ -25,7 +25,7 @@ struct Piece {
   int64_t layer;
   int64_t first;
   int64_t count;
-  T* at[kPiece + kTogether];  // the last are scratch
+  T* at[kPiece + kAtOnce];  // the last are scratch
 };
 
 // The pieces of the tiles [begin, end), in order.

@@ -38,7 +38,7 @@ void place(const Site<T>& site, const uint16_t* local, int64_t count, T** to) {
 }
 
 constexpr int64_t kSide = 64;      // rows and columns of a tile that four vectors hold
-constexpr int64_t kTogether = 16;  // entries
+constexpr int64_t kAtOnce = 16;  // entries
 
 #ifdef SPARSEFT_X86
 
@@ -60,7 +60,7 @@ SPARSEFT_AVX512 inline __m512i pick(const Indices& all, __m512i numbers) {
   return _mm512_mask_blend_epi32(_mm512_test_epi32_mask(numbers, _mm512_set1_epi32(32)), lower, upper);
 }
 
-// As place, for tiles of at most kSide x kSide in weights of less than 2^31 elements. Writes whole groups of kTogether.
+// As place, for tiles of at most kSide x kSide in weights of less than 2^31 elements. Writes whole groups of kAtOnce.
 template <typename T>
 SPARSEFT_AVX512 void place_together(const Site<T>& site, const uint16_t* local, int64_t count, T** to) {
   constexpr int kShift = sizeof(T) == 2 ? 1 : sizeof(T) == 4 ? 2 : 3;
@@ -73,8 +73,8 @@ SPARSEFT_AVX512 void place_together(const Site<T>& site, const uint16_t* local, 
   // (position + 1/2) / width is at least 1/128 away from a whole number, and its rounding errors are below 2^-16
   const __m512 inverse = _mm512_set1_ps(1.0f / static_cast<float>(site.width.size));
   const __m512 half = _mm512_mul_ps(inverse, _mm512_set1_ps(0.5f));
-  for (int64_t i = 0; i < count; i += kTogether) {
-    const int64_t here = std::min(kTogether, count - i);
+  for (int64_t i = 0; i < count; i += kAtOnce) {
+    const int64_t here = std::min(kAtOnce, count - i);
     const __mmask16 mask = static_cast<__mmask16>((1 << here) - 1);
     const __m512i position = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, local + i));
     const __m512i row = _mm512_cvttps_epi32(_mm512_fmadd_ps(_mm512_cvtepi32_ps(position), inverse, half));
