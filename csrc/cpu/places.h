@@ -37,7 +37,7 @@ void place(const Site<T>& site, const uint16_t* local, int64_t count, T** to) {
   }
 }
 
-constexpr int64_t kSide = 64;      // rows and columns of a tile that four vectors hold
+constexpr int64_t kSide = 64;    // rows and columns of a tile that four vectors hold
 constexpr int64_t kAtOnce = 16;  // entries
 
 #ifdef SPARSEFT_X86
