@@ -27,6 +27,7 @@ struct Site {
   Divider width;  // of a tile
 };
 
+// Writes the addresses of `count` entries to `to`.
 template <typename T>
 void place(const Site<T>& site, const uint16_t* local, int64_t count, T** to) {
   for (int64_t i = 0; i < count; ++i) {
@@ -42,11 +43,12 @@ constexpr int64_t kAtOnce = 16;  // entries
 
 #ifdef SPARSEFT_X86
 
+// Up to kSide row or column indices of a tile.
 struct Indices {
   __m512i quarters[4];
 };
 
-SPARSEFT_AVX512 inline Indices first_indices(const int32_t* from, int64_t count) {
+SPARSEFT_AVX512 SPARSEFT_INLINE Indices first_indices(const int32_t* from, int64_t count) {
   const uint64_t there = count >= kSide ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
   Indices all;
   for (int q = 0; q < 4; ++q)
@@ -54,7 +56,8 @@ SPARSEFT_AVX512 inline Indices first_indices(const int32_t* from, int64_t count)
   return all;
 }
 
-SPARSEFT_AVX512 inline __m512i pick(const Indices& all, __m512i numbers) {
+// The indices with these numbers, all below kSide.
+SPARSEFT_AVX512 SPARSEFT_INLINE __m512i pick(const Indices& all, __m512i numbers) {
   const __m512i lower = _mm512_permutex2var_epi32(all.quarters[0], numbers, all.quarters[1]);
   const __m512i upper = _mm512_permutex2var_epi32(all.quarters[2], numbers, all.quarters[3]);
   return _mm512_mask_blend_epi32(_mm512_test_epi32_mask(numbers, _mm512_set1_epi32(32)), lower, upper);
