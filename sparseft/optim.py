@@ -82,7 +82,7 @@ class SparseAdamW(Optimizer):
     ):
         if on_nonfinite not in ("skip", "raise"):
             raise ValueError(f"on_nonfinite must be 'skip' or 'raise', got {on_nonfinite!r}")
-        if density is not None and (isinstance(density, str) or not 0 < density <= 1):
+        if density is not None and not (hasattr(density, "__float__") and 0 < density <= 1):
             raise ValueError(f"density must lie in (0, 1], got {density!r}")
         self.on_nonfinite = on_nonfinite
         self._skipped = torch.zeros((), dtype=torch.int64)
