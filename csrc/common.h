@@ -50,6 +50,20 @@ inline const uint16_t* local_data(const Tensor& local) {
   return static_cast<const uint16_t*>(local.const_data_ptr());
 }
 
+// How a weight of any rank is seen: 1-D as one row, more dimensions as [-1, last dimension].
+struct Shape {
+  int64_t rows;
+  int64_t cols;
+};
+
+inline Shape matrix_shape(const Tensor& weight) {
+  Shape shape{1, 1};
+  const int64_t last = weight.dim() - 1;
+  for (int64_t d = 0; d < last; ++d) shape.rows *= weight.size(d);
+  if (last >= 0) shape.cols = weight.size(last);
+  return shape;
+}
+
 // ---- dtypes ------------------------------------------------------------------------------------------------------
 
 // What sums and optimizer state of a T are kept in.
@@ -133,14 +147,13 @@ inline void check_entries(const char* op, const std::optional<Tensor>& rows, con
       ": tile must be two positive sizes with at most ", kMaxTile, " positions, got ", tile[0], " x ", tile[1]);
 }
 
-// Contiguous matrices of one dtype on one device; all of them are checked before anything is written.
+// Contiguous weights of one dtype on one device; all of them are checked before anything is written.
 inline void check_weights(const char* op, const std::vector<Tensor>& weights) {
   STD_TORCH_CHECK(!weights.empty(), op, ": weights must hold at least one tensor");
-  STD_TORCH_CHECK(is_supported(weights[0].scalar_type()), op,
-                  ": weights must be float32, float64, float16 or bfloat16, got ", weights[0].scalar_type());
+  const ScalarType dtype = weights[0].scalar_type();
+  STD_TORCH_CHECK(is_supported(dtype), op, ": weights must be float32, float64, float16 or bfloat16, got ", dtype);
   for (const Tensor& weight : weights) {
-    check_dtype(op, "weights", weight, weights[0].scalar_type());
-    STD_TORCH_CHECK(weight.dim() == 2, op, ": weights must be 2-D, got ", weight.dim(), "-D");
+    check_dtype(op, "weights", weight, dtype);
     STD_TORCH_CHECK(weight.is_contiguous(), op, ": weights must be contiguous");
     check_device(op, "weights", weight, weights[0]);
   }

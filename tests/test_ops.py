@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sparseft import backend, ops
-from sparseft.pattern import Layout, Pattern, pack
+from sparseft.pattern import Layout, Pattern, matrix_shape, pack
 
 N, K, T = 11, 13, 5
 RAW = torch.ops.sparseft
@@ -233,6 +233,25 @@ def test_every_position_of_tiles_of_every_width(served_by, dtype):
             weight, values = torch.zeros(mask.shape, dtype=dtype), torch.randn(len(p)).to(dtype)
             ops.scatter_delta_(weight, values, p, "copy")
             assert torch.equal(p.gather(weight), values)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4), (3, 2, 1, 5), (4, 0, 3), (4, 3, 0)], ids=str)
+@pytest.mark.parametrize("name", ["scatter_delta_", "sparse_adamw_"])
+def test_weights_of_any_rank_are_matrices_of_their_last_dimension(served_by, name, shape):
+    matrix = matrix_shape(shape)
+    layout = pack([pattern(), Pattern.from_mask(torch.rand(matrix) < 0.6, tile=(4, 8))])
+    weights, values, grad = [torch.randn(N, K), torch.randn(shape)], *torch.randn(2, len(layout.local))
+    results = []
+    for seen in (weights, [weights[0], weights[1].view(matrix)]):
+        written, state = [w.clone() for w in seen], torch.zeros(3, len(values))
+        if name == "scatter_delta_":
+            ops.scatter_delta_(written, values, layout)
+        else:
+            ops.sparse_adamw_(written, *state[:1], grad, *state[1:], layout,
+                              step=torch.tensor([1, 1]), lr=torch.tensor(0.1))  # fmt: skip
+        assert not torch.equal(written[0], weights[0])
+        results.append([w.flatten() for w in written])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_a_tile_without_entries_may_point_anywhere():

@@ -5,7 +5,10 @@
 #include "worklist.h"
 
 #ifdef SPARSEFT_X86
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics (GCC bug 105593)
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 namespace sparseft {

@@ -28,14 +28,9 @@ struct Order {
   int64_t size;
 };
 
-struct Shape {
-  int64_t rows;
-  int64_t cols;
-};
-
 inline std::vector<Shape> shapes_of(const std::vector<Tensor>& weights) {
   std::vector<Shape> shapes;
-  for (const Tensor& weight : weights) shapes.push_back({weight.size(0), weight.size(1)});
+  for (const Tensor& weight : weights) shapes.push_back(matrix_shape(weight));
   return shapes;
 }
 

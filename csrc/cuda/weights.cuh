@@ -19,7 +19,8 @@ template <typename W>
 Table<Weight<W>> make_weights(Call& call, const std::vector<Tensor>& weights) {
   std::vector<Weight<W>> records;
   for (const Tensor& weight : weights) {
-    records.push_back({call.output<W>(weight), weight.size(0), weight.size(1)});
+    const Shape shape = matrix_shape(weight);
+    records.push_back({call.output<W>(weight), shape.rows, shape.cols});
   }
   return make_table(call, records);
 }
