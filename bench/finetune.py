@@ -12,7 +12,6 @@ SmolLM2's. Writes bench/results/finetune.csv after each round; exits 1 if a boun
 
 import argparse
 import contextlib
-import csv
 import itertools
 import json
 import math
@@ -32,6 +31,7 @@ from torch import nn
 from bench.machine import describe
 from bench.memory import forget_peak, resident
 from bench.providers import PROVIDERS, batch, load, save_selection
+from bench.rows import read_rows, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "finetune.csv"
 MODELS = ("smollm2", "llama-1b")
@@ -309,16 +309,6 @@ def report(rows: Sequence[dict[str, Any]], time_figure: str) -> bool:
     return not short
 
 
-def write(rows: Sequence[dict[str, Any]]) -> None:
-    RESULTS.parent.mkdir(exist_ok=True)
-    whole = RESULTS.with_suffix(".part")
-    with whole.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    whole.replace(RESULTS)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
@@ -340,16 +330,13 @@ def main() -> None:
     if options.child:
         run_child(options)
         return
-    former: list[dict[str, Any]] = []
-    if options.append and RESULTS.exists():
-        with RESULTS.open(newline="") as file:
-            former = list(csv.DictReader(file))
-    rows: list[dict[str, Any]] = []
+    former = read_rows(RESULTS) if options.append else []
+    measured: list[dict[str, Any]] = []
     for of_round in run(options):
-        rows += of_round
+        measured += of_round
         if options.attention == "sdpa":
-            write([*former, *rows])
-    sys.exit(0 if report(rows, "cpu_ms" if options.cpu else "step_ms") else 1)
+            write_rows(RESULTS, [*former, *measured])
+    sys.exit(0 if report(measured, "cpu_ms" if options.cpu else "step_ms") else 1)
 
 
 if __name__ == "__main__":

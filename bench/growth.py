@@ -7,7 +7,6 @@ One size is varied at a time from a common middle; every point has a fresh proce
 """
 
 import argparse
-import csv
 import multiprocessing
 import tempfile
 import time
@@ -21,6 +20,7 @@ import torch
 from bench.finetune import measure
 from bench.machine import describe
 from bench.providers import PROVIDERS, batch, save_selection
+from bench.rows import write_rows
 
 RESULTS = Path(__file__).parent / "results" / "growth.csv"
 SHOWN = ("tiles10", "frozen", "dense")
@@ -127,10 +127,7 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="processor time, for a machine that others use, too")
     options = parser.parse_args()
     rows = run(options.steps, "cpu_ms" if options.cpu else "step_ms")
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(RESULTS, rows)
     draw(rows)
 
 

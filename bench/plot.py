@@ -3,11 +3,11 @@
 python -m bench.plot                # writes bench/results/finetune.svg
 """
 
-import csv
 import statistics
 import sys
 
 from bench.finetune import RESULTS
+from bench.rows import read_rows
 
 SHOWN = {
     "frozen": "floor: no weight gradients", "columns": "sparseft, columns", "tiles5": "sparseft, tiles 5 %",
@@ -40,8 +40,7 @@ def main() -> None:
 
     if not RESULTS.exists():
         sys.exit(f"{RESULTS} is not there: run python -m bench.finetune first")
-    with RESULTS.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(RESULTS)
     rows = [row for row in rows if row["cpu"] == rows[-1]["cpu"]]  # the last row's machine: shares differ between them
     measured = {row["provider"] for row in rows}
     labels = [SHOWN[name] for name in SHOWN if name in measured]

@@ -14,9 +14,26 @@ def test_a_group_is_checked_timed_and_judged(name):
     for group in ops.OPERATIONS[name](SMALL):
         rows = ops.measure(group, repeats=1)
         assert {row["what"] for row in rows if row["unit"] == "ms"} == set(group.calls)
-        assert {row["verdict"] for row in rows if row["unit"] == "ratio"} <= {"ok", "short"}
+        judged = ops.judge(rows)
+        assert [row["what"] for row in judged] == [row["what"] for row in rows if row["unit"] == "ratio"]
+        assert {row["verdict"] for row in judged} <= {"ok", "short"}
         assert all(row["figure"] > 0 for row in rows)
-        assert all(isinstance(ops.show(row), str) for row in rows)
+        assert all(isinstance(ops.show(row), str) for row in rows + judged)
+
+
+def test_the_median_over_the_rounds_is_judged():
+    def rows(what, figures, bound):
+        about = {"operation": "switch", "size": "", "dtype": "fp32", "unit": "ratio"}
+        return [
+            {**about, "what": what, "figure": figure, "bound": bound, "round": i} for i, figure in enumerate(figures)
+        ]
+
+    measured = [*rows("good", [9.0, 3.0, 7.0], 7.0), *rows("bad", [9.0, 6.99996, 1.0], 7.0), *rows("time", [1.0], None)]
+    judged = [ops.stored(row) for row in ops.judge(measured)]
+    assert [(row["what"], row["figure"], row["verdict"], row["round"]) for row in judged] == [
+        ("good", 7.0, "ok", "median"),
+        ("bad", 7.0, "short", "median"),  # what is stored is rounded, what is judged is not
+    ]
 
 
 def test_a_wrong_result_leaves_no_figure():
