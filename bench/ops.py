@@ -344,37 +344,41 @@ def measure(group: Group, repeats: int, least: float = 0.0) -> list[dict[str, An
     rows: list[dict[str, Any]] = []
     for name in group.calls:
         taken = statistics.median(turn[name] for turn in turns)
-        rows.append({**about, "what": name, "figure": 1e3 * taken, "unit": "ms", "bound": None})
+        rows.append({**about, "what": name, "figure": 1e3 * taken, "unit": "ms", "bound": None, "verdict": ""})
     figures = [(what, statistics.median(map(figure, turns)), bound) for what, figure, bound in group.bounds]
     for what, reached, bound in [*figures, *((what, figure(), bound) for what, figure, bound in group.apart)]:
-        rows.append({**about, "what": what, "figure": reached, "unit": "ratio", "bound": bound})
+        rows.append({**about, "what": what, "figure": reached, "unit": "ratio", "bound": bound, "verdict": ""})
     return rows
 
 
 def judge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row for each figure that has a bound: its median over the rounds, and whether that is ok."""
-    rounds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    by_figure: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
         if row["bound"] is not None:
-            rounds.setdefault((row["operation"], row["size"], row["dtype"], row["what"]), []).append(row)
+            by_figure.setdefault((row["operation"], row["size"], row["dtype"], row["what"]), []).append(row)
     judged = []
-    for of_rounds in rounds.values():
-        median = statistics.median(row["figure"] for row in of_rounds)
+    for of_rounds in by_figure.values():
+        figures = [row["figure"] for row in of_rounds]
+        median = statistics.median(figures)
         verdict = "ok" if median >= of_rounds[0]["bound"] else "short"
-        judged.append({**of_rounds[0], "figure": median, "verdict": verdict, "round": "median"})
+        judged.append({**of_rounds[0], "figure": median, "least": min(figures), "most": max(figures),
+                       "verdict": verdict, "round": "median"})  # fmt: skip
     return judged
 
 
 def stored(row: dict[str, Any]) -> dict[str, Any]:
     """As the results file has it."""
     figure, bound = float(f"{row['figure']:.4g}"), "" if row["bound"] is None else round(row["bound"], 3)
-    return {name: {**row, "figure": figure, "bound": bound}.get(name, "") for name in COLUMNS}
+    return {**{name: row[name] for name in COLUMNS}, "figure": figure, "bound": bound}
 
 
 def show(row: dict[str, Any]) -> str:
-    row = stored(row)
-    return (f"{row['operation']:12} {row['size']:34} {row['dtype']} {row['what']:44} {row['figure']:8.2f} {row['unit']}"
-            + (f" (>= {row['bound']}) {row['verdict']}" if row["verdict"] else ""))  # fmt: skip
+    line = f"{row['operation']:12} {row['size']:34} {row['dtype']} {row['what']:44} {row['figure']:8.2f} {row['unit']}"
+    if row["bound"] is None:
+        return line
+    spread = f"{row['least']:.2f} to {row['most']:.2f}; " if row["verdict"] else ""
+    return f"{line} ({spread}>= {row['bound']:.4g}) {row['verdict']}"
 
 
 def main() -> None:
@@ -388,6 +392,8 @@ def main() -> None:
     if options.topk_memory:
         print(topk_memory(options.topk_memory))
         return
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {options.rounds}")
     sizes, about = Sizes(), {"run": time.strftime("%Y-%m-%dT%H:%M:%S"), **describe()}
     former = read_rows(RESULTS) if options.append else []
     rows: list[dict[str, Any]] = []

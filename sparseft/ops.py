@@ -32,11 +32,16 @@ _compiled = [torch.library.Library(f"sparseft_{name}", "DEF") for name in ("cpu"
 
 
 def _serve(name: str):
-    """The kernel of `torch.ops.sparseft.<name>`: hands the call to the implementation chosen now."""
+    """The kernel of `torch.ops.sparseft.<name>`: hands the call to the implementation chosen now.
 
-    def call(*args):
-        first = args[0][0] if isinstance(args[0], list) else args[0]
-        return backend.kernel(name, first.device.type)(*args)
+    Weights of any rank are seen as matrices: the compiled kernels would do that themselves, the others do not.
+    """
+
+    def call(first, *rest):
+        if name in ("scatter_delta_", "sparse_adamw_"):
+            first = [w if w.dim() == 2 else w.view(matrix_shape(w.shape)) for w in first]
+        device = first[0].device if isinstance(first, list) else first.device
+        return backend.kernel(name, device.type)(first, *rest)
 
     return call
 
@@ -191,7 +196,8 @@ def scatter_delta_(
     `swap`: weight and values change places, bit for bit; a second swap is the exact undo.
 
     Args:
-        weight: contiguous [N, K], or one per layer of the layout; fp32, bf16, fp16 or fp64, one dtype.
+        weight: contiguous, or one per layer of the layout; fp32, bf16, fp16 or fp64, one dtype. Any rank: seen as [-1,
+            last dimension], 1-D as one row.
         values: contiguous [k]; fp32 or the weights' dtype (`swap`: the weights' dtype).
 
     Raises:
@@ -218,7 +224,7 @@ def scatter_delta_(
 
 
 def sparse_adamw_(
-    weights: Sequence[Tensor],
+    weights: Tensor | Sequence[Tensor],
     values: Tensor,
     grad: Tensor,
     exp_avg: Tensor,
@@ -240,7 +246,7 @@ def sparse_adamw_(
     """One AdamW step over the selected entries of all layers, and the write into their weights.
 
     Args:
-        weights: contiguous [N, K] each, one dtype; layer i of the layout is `weights[i]`.
+        weights: contiguous, one dtype, any rank (as in `scatter_delta_`); layer i of the layout is `weights[i]`.
         values, grad, exp_avg, exp_avg_sq: contiguous [k], fp32 (fp64 for fp64 weights); `values` are the masters
             (but see `seed`).
         layout: from `pack`; a subset of its tiles updates only those.
@@ -256,7 +262,7 @@ def sparse_adamw_(
         ValueError, TypeError: an argument does not fit; nothing was written.
         RuntimeError: autograd would need a gradient through the write (call it under `torch.no_grad()`).
     """
-    weights = list(weights)
+    weights = [weights] if isinstance(weights, Tensor) else list(weights)
     _expect_some(weights)
 
     def check():
@@ -326,13 +332,10 @@ def _call(name: str, first: Tensor, args: tuple, check: Callable[[], None]):
     """Call an operation with arguments that pass `check`; `first` tells the device. Nothing needs a gradient.
 
     The compiled CPU kernels check the same themselves: there, `check` only finds the words for what they refuse, and
-    the dispatcher is passed once, not twice. Cold, checks and dispatch took as long as a small layer's gradient, and
-    each loop of Python over 210 weights 0.05 to 0.1 ms of a step of 3.5.
+    the dispatcher is passed once, not twice. Cold, checks and dispatch took as long as a small layer's gradient.
     """
     if not backend.runs_on_cpu_library(first):
         check()
-        if not isinstance(args[0], Tensor):  # the others do not see weights of any rank as matrices
-            args = (_matrices(args[0]), *args[1:])
         return getattr(torch.ops.sparseft, name)(*args)
     try:
         return getattr(torch.ops.sparseft_cpu, name).default(*args)
@@ -412,19 +415,8 @@ def _expect_weights(weights: Sequence[Tensor]) -> None:
         _expect_device("weight", weight, weights[0])
 
 
-def _matrices(weights: Sequence[Tensor]) -> list[Tensor]:
-    """As `matrix_shape` sees them; what is not contiguous stays as it is, to be refused."""
-
-    def matrix(weight: Tensor) -> Tensor:
-        if weight.dim() == 2 or not weight.is_contiguous():
-            return weight
-        return weight.flatten(0, -2) if weight.dim() > 2 else weight.view(1, -1)
-
-    return [matrix(weight) for weight in weights]
-
-
-def _refuse_autograd(name: str, some: Sequence[Tensor], *others: Tensor) -> None:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*some, *others)):
+def _refuse_autograd(name: str, tensors: Sequence[Tensor], *others: Tensor) -> None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *others)):
         raise RuntimeError(f"{name} writes in place and is not differentiable; call it under torch.no_grad()")
 
 

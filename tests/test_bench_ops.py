@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bench import ops
+from bench.rows import read_rows
 
 SMALL = ops.Sizes(squares=(96,), tokens=(33,), densities=(0.01, 0.05), shapes=((48, 32), (32, 64)), layers=2,
                   embedding=(64, 32), scores=20_000, repeats=1)  # fmt: skip
@@ -12,18 +13,17 @@ SMALL = ops.Sizes(squares=(96,), tokens=(33,), densities=(0.01, 0.05), shapes=((
 @pytest.mark.parametrize("name", ops.OPERATIONS)
 def test_a_group_is_checked_timed_and_judged(name):
     for group in ops.OPERATIONS[name](SMALL):
-        rows = ops.measure(group, repeats=1)
+        rows = [{**row, "round": 1} for row in ops.measure(group, repeats=1)]
         assert {row["what"] for row in rows if row["unit"] == "ms"} == set(group.calls)
         judged = ops.judge(rows)
         assert [row["what"] for row in judged] == [row["what"] for row in rows if row["unit"] == "ratio"]
-        assert {row["verdict"] for row in judged} <= {"ok", "short"}
         assert all(row["figure"] > 0 for row in rows)
         assert all(isinstance(ops.show(row), str) for row in rows + judged)
 
 
 def test_the_median_over_the_rounds_is_judged():
     def rows(what, figures, bound):
-        about = {"operation": "switch", "size": "", "dtype": "fp32", "unit": "ratio"}
+        about = {"operation": "switch", "size": "", "dtype": "fp32", "unit": "ratio", "verdict": ""}
         return [
             {**about, "what": what, "figure": figure, "bound": bound, "round": i} for i, figure in enumerate(figures)
         ]
@@ -34,6 +34,30 @@ def test_the_median_over_the_rounds_is_judged():
         ("good", 7.0, "ok", "median"),
         ("bad", 7.0, "short", "median"),  # what is stored is rounded, what is judged is not
     ]
+
+
+@pytest.mark.parametrize(("bound", "status"), [(1e9, 1), (0.0, 0)])
+def test_a_run_fails_if_a_median_is_short(bound, status, monkeypatch, tmp_path, capsys):
+    group = ops.Group("switch", "", "fp32", {"ours": lambda: None}, lambda: None,
+                      bounds=[("x", lambda seconds: 1 + seconds["ours"], bound)])  # fmt: skip
+    monkeypatch.setattr(ops, "OPERATIONS", {"switch": lambda sizes: [group]})
+    monkeypatch.setattr(ops, "RESULTS", tmp_path / "ops.csv")
+    monkeypatch.setattr(ops, "LEAST", 0.0)
+    monkeypatch.setattr("sys.argv", ["ops", "--only", "switch", "--rounds", "2", "--repeats", "1"])
+    with pytest.raises(SystemExit) as ended:
+        ops.main()
+    assert ended.value.code == status
+    assert ("short" in capsys.readouterr().out) == bool(status)
+    rounds = [(row["round"], row["what"], row["verdict"]) for row in read_rows(tmp_path / "ops.csv")]
+    verdict = "short" if status else "ok"
+    assert rounds == [(i, what, "") for i in "12" for what in ("ours", "x")] + [("median", "x", verdict)]
+
+
+def test_a_run_without_rounds_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["ops", "--rounds", "0"])
+    with pytest.raises(SystemExit):
+        ops.main()
+    assert "--rounds must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_a_wrong_result_leaves_no_figure():

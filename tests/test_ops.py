@@ -235,21 +235,27 @@ def test_every_position_of_tiles_of_every_width(served_by, dtype):
             assert torch.equal(p.gather(weight), values)
 
 
-@pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4), (3, 2, 1, 5), (4, 0, 3), (4, 3, 0)], ids=str)
-@pytest.mark.parametrize("name", ["scatter_delta_", "sparse_adamw_"])
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (2, 3, 4), (3, 2, 1, 5), (4, 0, 3), (4, 3, 0)], ids=str)
+@pytest.mark.parametrize("name", ["scatter_delta_", "sparse_adamw_", "torch.ops.sparseft.scatter_delta_"])
 def test_weights_of_any_rank_are_matrices_of_their_last_dimension(served_by, name, shape):
     matrix = matrix_shape(shape)
-    layout = pack([pattern(), Pattern.from_mask(torch.rand(matrix) < 0.6, tile=(4, 8))])
+    mask = torch.rand(matrix) < 0.6
+    mask.view(-1)[:1] = True
+    layout = pack([pattern(), Pattern.from_mask(mask, tile=(4, 8))])
     weights, values, grad = [torch.randn(N, K), torch.randn(shape)], *torch.randn(2, len(layout.local))
     results = []
     for seen in (weights, [weights[0], weights[1].view(matrix)]):
         written, state = [w.clone() for w in seen], torch.zeros(3, len(values))
         if name == "scatter_delta_":
             ops.scatter_delta_(written, values, layout)
+        elif name == "torch.ops.sparseft.scatter_delta_":
+            torch.ops.sparseft.scatter_delta_(written, values, *layout, "add", 1.0)
         else:
             ops.sparse_adamw_(written, *state[:1], grad, *state[1:], layout,
                               step=torch.tensor([1, 1]), lr=torch.tensor(0.1))  # fmt: skip
-        assert not torch.equal(written[0], weights[0])
+        assert all(
+            not torch.equal(now, before) or before.numel() == 0 for now, before in zip(written, seen, strict=True)
+        )
         results.append([w.flatten() for w in written])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -621,7 +627,7 @@ LAYER_FAULTS = {
     "weights dtype": lambda a: {"weights": [w.int() for w in a["weights"]]},
     "weights dtypes": lambda a: {"weights": [a["weights"][0], a["weights"][1].half()]},
     "weights strides": lambda a: {"weights": [w.T.contiguous().T for w in a["weights"]]},
-    "weights dims": lambda a: {"weights": [w.view(-1) for w in a["weights"]]},
+    "weights flattened": lambda a: {"weights": [w.view(-1) for w in a["weights"]]},
     "weights smaller": lambda a: {"weights": [w[:-3, :-3].contiguous() for w in a["weights"]]},
     "values length": lambda a: {"values": a["values"][:-1].clone()},
     "values dtype": lambda a: {"values": a["values"].int()},
