@@ -39,11 +39,18 @@ def _serve(name: str):
 
     def call(first, *rest):
         if name in ("scatter_delta_", "sparse_adamw_"):
-            first = [w if w.dim() == 2 else w.view(matrix_shape(w.shape)) for w in first]
+            first = [_matrix(w) for w in first]
         device = first[0].device if isinstance(first, list) else first.device
         return backend.kernel(name, device.type)(first, *rest)
 
     return call
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    if weight.dim() == 2:
+        return weight
+    _expect_contiguous("weight", weight)
+    return weight.view(matrix_shape(weight.shape))
 
 
 for _name, _schema in SCHEMAS.items():
@@ -205,12 +212,9 @@ def scatter_delta_(
         RuntimeError: autograd would need a gradient through the write (call it under `torch.no_grad()`).
     """
     weights = [weight] if isinstance(weight, Tensor) else list(weight)
-    layout = pattern.layout if isinstance(pattern, Pattern) else pattern
     if mode not in ("add", "copy", "swap"):
         raise ValueError(f"mode must be 'add', 'copy' or 'swap', got {mode!r}")
-    _expect_some(weights)
-    if isinstance(pattern, Pattern) and (len(weights) != 1 or matrix_shape(weights[0].shape) != pattern.shape):
-        raise _unfit("weight", f"one of shape {pattern.shape}", [tuple(w.shape) for w in weights])
+    layout = _layout_for(weights, pattern)
 
     def check():
         _expect_weights(weights)
@@ -229,7 +233,7 @@ def sparse_adamw_(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    layout: Layout,
+    layout: Pattern | Layout,
     *,
     step: Tensor,
     lr: Tensor,
@@ -249,7 +253,7 @@ def sparse_adamw_(
         weights: contiguous, one dtype, any rank (as in `scatter_delta_`); layer i of the layout is `weights[i]`.
         values, grad, exp_avg, exp_avg_sq: contiguous [k], fp32 (fp64 for fp64 weights); `values` are the masters
             (but see `seed`).
-        layout: from `pack`; a subset of its tiles updates only those.
+        layout: from `pack` (of one weight, its Pattern); a subset of its tiles updates only those.
         step: int64 [layers], each layer's step count including this one.
         lr: 0-dim fp32 or fp64 tensor, on the weights' device or the CPU (then read by the host).
         base: [k] in the weights' dtype; weight decay pulls towards it. None: towards zero.
@@ -263,7 +267,7 @@ def sparse_adamw_(
         RuntimeError: autograd would need a gradient through the write (call it under `torch.no_grad()`).
     """
     weights = [weights] if isinstance(weights, Tensor) else list(weights)
-    _expect_some(weights)
+    layout = _layout_for(weights, layout)
 
     def check():
         _expect_weights(weights)
@@ -400,9 +404,14 @@ def _expect_layout(layout: Layout, like: Tensor) -> None:
     _expect_device("tiles", tiles, like)
 
 
-def _expect_some(weights: Sequence[Tensor]) -> None:
+def _layout_for(weights: Sequence[Tensor], pattern: Pattern | Layout) -> Layout:
     if not weights:
         raise ValueError("weights must hold at least one tensor, got none")
+    if not isinstance(pattern, Pattern):
+        return pattern
+    if len(weights) != 1 or matrix_shape(weights[0].shape) != pattern.shape:
+        raise _unfit("weight", f"one of shape {pattern.shape}", [tuple(w.shape) for w in weights])
+    return pattern.layout
 
 
 def _expect_weights(weights: Sequence[Tensor]) -> None:

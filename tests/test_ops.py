@@ -260,6 +260,25 @@ def test_weights_of_any_rank_are_matrices_of_their_last_dimension(served_by, nam
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_one_weight_and_its_pattern_need_no_list(served_by):
+    p = pattern()
+    weight, values, grad = torch.zeros(N, K), torch.zeros(len(p)), torch.randn(len(p))
+    state = {"step": torch.tensor([1]), "lr": torch.tensor(0.1)}
+    ops.sparse_adamw_(weight, values, grad, *torch.zeros(2, len(p)), p, **state)
+    assert torch.equal(p.gather(weight), values) and bool((values != 0).all())
+    with pytest.raises(ValueError, match=r"weight must be one of shape .*, got \[\(1, 1\)\]"):
+        ops.sparse_adamw_(torch.zeros(1, 1), values, grad, *torch.zeros(2, len(p)), p, **state)
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_the_raw_operations_refuse_weights_that_are_not_contiguous(name):
+    p = pattern((8, 3))
+    weight = torch.zeros(2, 3, 4).transpose(1, 2)
+    with backend.forced(name), pytest.raises(ValueError, match="weight must be contiguous, got strides"):
+        torch.ops.sparseft.scatter_delta_([weight], torch.ones(len(p)), *p.layout, "add", 1.0)
+    assert not weight.any()
+
+
 def test_a_tile_without_entries_may_point_anywhere():
     weights, layout = layers()
     k = len(layout.local)
