@@ -47,10 +47,8 @@ def _serve(name: str):
 
 
 def _matrix(weight: Tensor) -> Tensor:
-    if weight.dim() == 2:
-        return weight
     _expect_contiguous("weight", weight)
-    return weight.view(matrix_shape(weight.shape))
+    return weight if weight.dim() == 2 else weight.view(matrix_shape(weight.shape))
 
 
 for _name, _schema in SCHEMAS.items():
@@ -405,6 +403,7 @@ def _expect_layout(layout: Layout, like: Tensor) -> None:
 
 
 def _layout_for(weights: Sequence[Tensor], pattern: Pattern | Layout) -> Layout:
+    """What the kernels read; a pattern must be that of the only weight."""
     if not weights:
         raise ValueError("weights must hold at least one tensor, got none")
     if not isinstance(pattern, Pattern):
